@@ -54,6 +54,7 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall late",
     callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
+_deterministic: Any = torch.utils.deterministic
 _MAX_FACTOR = 10  # between the loss of training and validation rows
 _MOST_EMPTY_STEPS = 3
 _MOST_ZERO_STEPS = 3  # q and k rightly have a gradient of zeros if each row of a step has one context and one label
@@ -286,6 +287,7 @@ class TrainingGuard(Callback):
         self._zeros: list[set[str]] = []  # names of gradients of zeros, in the last steps that were checked
         self._last_loss: float | None = None  # of the step before, if this process took it
         self._sanity_loss: float | None = None  # of the validation before the first step, until that
+        self._fills = _deterministic.fill_uninitialized_memory  # torch's switch, before the run
         self._empty_steps: int | None = 0  # without a counted token, since the fit began; None: one has had some
 
     def check_step(
@@ -401,6 +403,8 @@ class TrainingGuard(Callback):
         module = cast("QLoRAModule", pl_module)
         trainers.leave_processes_at_exit()
         check_setup(module)
+        # under trainer.deterministic torch would fill each new tensor with NaN first, and none is read before it is set
+        self._fills, _deterministic.fill_uninitialized_memory = _deterministic.fill_uninitialized_memory, False
         if stage == "fit":
             check_monitors(trainer)
             batches = trainers.batches_of_epoch(trainer)
@@ -410,6 +414,12 @@ class TrainingGuard(Callback):
                 check_warmup(module.warmup, steps)
                 report_time(module, steps)
             module.token_budget.plan(module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _deterministic.fill_uninitialized_memory = self._fills
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, str(trainer.state.fn))  # which Lightning leaves out then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)

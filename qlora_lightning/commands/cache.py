@@ -7,7 +7,9 @@ from qlora_lightning.sources.cache import Kind, cache_root, clear_entries, list_
 from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import make_table, say, terminal
 
-_DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled attention, kept for the next start."
+_DESCRIPTION = (
+    "Unpacked and quantized bases, tokenized data, compiled attention and checks of cards, for the next start."
+)
 _EPILOG = """examples:
   qlora-lightning cache list
   qlora-lightning cache clear --kind quantized

@@ -1,4 +1,4 @@
-"""``qlora-lightning plan``: what a config trains, with its memory and steps, before anything is loaded."""
+"""``qlora-lightning plan``: what a config trains, with its memory and steps, before anything is loaded; a check."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
 The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
-is read or fetched (a GGUF is unpacked once); the data are read if they are on this machine."""
+is read or fetched (a GGUF is unpacked once) without --check; the data are read if they are on this machine."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
   qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json
+  qlora-lightning plan --config configs/quickstart.yaml --check
 
 It says whether a step fits, with how many tokens at a time, and with or without gradient checkpointing; the exit code
 is 1 if it does not. GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there
-is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned."""
+is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned. --check loads the base; the
+exit code is 1 if something disagrees, too."""
 _CPU_PARTS = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # `fit` measures all else
 _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
@@ -45,13 +47,19 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("plan", _DESCRIPTION, _EPILOG, fit=True)
     memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
     parser.add_argument("--device-memory", type=_read_size, metavar="SIZE", help=memory_help)
+    check_help = "load the base, and compare what this device computes fused with PEFT, transformers and torch"
+    parser.add_argument("--check", action="store_true", help=check_help)
     add_json_option(parser)
     options, fit_options = parser.parse_known_args(argv)
     with json_output(options) as output, quiet_lightning():
-        figures, model = _plan_run(fit_options, options.device_memory)
+        figures, model, module = _plan_run(fit_options, options.device_memory)
         _print_plan(figures, model, terminal())
         output.update(figures)
-        return 0 if figures["memory"]["fits"] else 1
+        is_right = True
+        if options.check:
+            output["check"] = _check_device(module, terminal())
+            is_right = all(each["agrees"] for each in output["check"]["comparisons"])
+        return 0 if figures["memory"]["fits"] and is_right else 1
 
 
 def _read_size(text: str) -> int:
@@ -62,10 +70,10 @@ def _read_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], Any]:
+def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], Any, Any]:
     """Parse options of ``fit``, and plan that run, for a device with ``memory`` bytes if the user names them.
 
-    Returns all figures, in bytes, as the JSON has them, and the model on the meta device.
+    Returns all figures, in bytes, as the JSON has them, the model on the meta device, and the module, without a model.
     """
     import torch
 
@@ -108,7 +116,7 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
         batch = {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths.max())}
     except UserError as error:
         notes.append(f"The data were not read. {error}")
-    model, step = plan_step(module, config, dtype, count_devices(trainer), offload, samples)
+    model, step = plan_step(module, config, dtype, count_devices(trainer), offload, samples, is_cuda)
     check_row_length(config, data.max_length)
     for name in ("build_model", "compute_loss"):
         if module.overrides(name) and not type(module).__module__.startswith("qlora_lightning."):
@@ -153,7 +161,7 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
         "run": epoch and {"steps": epoch.all_steps, "tokens": epoch.all_tokens, "epoch": asdict(epoch)},
         "notes": notes,
     }
-    return figures, model
+    return figures, model, module
 
 
 def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
@@ -169,6 +177,35 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     kind = "cuda" if is_cuda else "cpu"
     size = int(device_memory_gib(torch.device(kind)) * GIB) if memory is None else memory
     return {"kind": kind, "memory": size, "named": memory is not None}
+
+
+def _check_device(module: Any, console: Console) -> dict[str, Any]:
+    """Load the base onto this machine's GPU, or its CPU, and print what it computes fused beside the plain path."""
+    import torch
+
+    from qlora_lightning.model.self_check import compare_paths, library_versions, name_device
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    name = name_device(device)
+    module.to(device)
+    module.configure_model()
+    dtype, versions = module.precision.dtype, library_versions()
+    compared = compare_paths(module.causal_lm, dtype)
+    dtype_name = str(dtype).removeprefix("torch.")
+    rows = [
+        [each.part, each.name, f"{each.distance:.1e}", f"{each.limit:.1e}", "" if each.agrees else "disagrees"]
+        for each in compared
+    ]
+    title = f"Fused against plain, relative distances: {name}, {dtype_name}"
+    console.print(make_table(("part", "what", "distance", "allowed", ""), rows, title))
+    console.print(Text(", ".join(f"{library} {version}" for library, version in versions.items())))
+    comparisons = [{**each._asdict(), "agrees": each.agrees} for each in compared]
+    return {
+        "device": name_device(device),
+        "compute_dtype": dtype_name,
+        "versions": versions,
+        "comparisons": comparisons,
+    }
 
 
 # ---- an epoch --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import CheckpointReader
 from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generators, restore_generators, same_generators
 from qlora_lightning.model.load.build import report_model
+from qlora_lightning.model.self_check import check_device
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
@@ -54,6 +55,7 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall late",
     callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
+_deterministic: Any = torch.utils.deterministic
 _MAX_FACTOR = 10  # between the loss of training and validation rows
 _MAX_ROUNDING = (
     2e-3  # of a sum; it is 1e-6 of what packed attention computes, a model's own forward in bf16 rounds more
@@ -314,6 +316,7 @@ class TrainingGuard(Callback):
         self._zeros: list[set[str]] = []  # names of gradients of zeros, in the last steps that were checked
         self._last_loss: float | None = None  # of the step before, if this process took it
         self._sanity_loss: float | None = None  # of the validation before the first step, until that
+        self._fills = _deterministic.fill_uninitialized_memory  # torch's switch, before the run
         self._empty_steps: int | None = 0  # without a counted token, since the fit began; None: one has had some
 
     def check_step(
@@ -433,12 +436,20 @@ class TrainingGuard(Callback):
         module = cast("QLoRAModule", pl_module)
         trainers.leave_processes_at_exit()
         check_setup(module)
+        # under trainer.deterministic torch would fill each new tensor with NaN first, and none is read before it is set
+        self._fills, _deterministic.fill_uninitialized_memory = _deterministic.fill_uninitialized_memory, False
         if stage == "fit":
             check_monitors(trainer)
             batches = trainers.batches_of_epoch(trainer)
             if batches is not None:  # else known with the loader, after loading
                 check_length(module, batches)
             module.token_budget.plan(module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _deterministic.fill_uninitialized_memory = self._fills
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, str(trainer.state.fn))  # which Lightning leaves out then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)
@@ -460,6 +471,7 @@ class TrainingGuard(Callback):
                 f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
                 "data.max_length to that, unless its rotary embedding reaches further."
             )
+        check_device(module)
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())
         if module.quantization in ("nf4", "fp4") and find_callback(trainer, callbacks.ModelSummary) is not None:

@@ -285,6 +285,12 @@ class QLoRAModule(lightning.LightningModule):
         self.is_stochastic = attention.is_stochastic(self.causal_lm)
         return select.choose_layers(self.causal_lm)
 
+    def use_plain_path(self) -> None:
+        """Train as with ``fast: false`` from now on; the adapters stay. The settings are not changed."""
+        select.distrust(self.model)
+        self.fast = False
+        self._choose_precision()
+
     def _choose_precision(self) -> None:
         """Choose the precision now: inside evaluations PEFT switches off what trains."""
         dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))

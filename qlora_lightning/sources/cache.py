@@ -20,7 +20,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, naming_file, write_whole
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | None"
-Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
+Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels", "checks"]
 
 _ENTRY_FILE = "entry.json"
 # Only names of the cache's own entries: QLORA_LIGHTNING_CACHE may be a folder that holds other things too.

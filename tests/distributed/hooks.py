@@ -9,6 +9,7 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import LossSums, QLoRAModule
+from qlora_lightning.model import self_check
 from tests.errors import MachineFailed
 
 
@@ -89,3 +90,17 @@ class DieOnce(Callback):
         if batch_idx == 2 and trainer.global_rank == trainer.world_size - 1 and not Path("died").exists():
             Path("died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FaultyCard(QLoRAModule):
+    """The devices of both processes are checked as two kinds of cards, and that of the second has a fault."""
+
+    def configure_model(self):
+        fault = self_check.Comparison("layer", "output", 1.0, 0.06)
+        self_check.CHECKED_DEVICES = ("cpu",)
+        self_check.name_device = lambda device: f"card {self.global_rank}"
+        self_check.compare_paths = lambda *_: [fault] * self.global_rank
+        super().configure_model()
+
+    def on_train_end(self):
+        print(f"process {self.global_rank} runs fused: {self.fast}", flush=True)

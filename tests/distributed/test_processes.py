@@ -78,6 +78,12 @@ def test_names_of_metrics_that_differ_between_processes_are_rejected(folder):
     assert launch(folder, [options], rejected=True).count("LossSums.metrics has the names") == 2
 
 
+def test_a_fault_of_one_card_makes_all_processes_take_the_plain_path(folder):
+    printed = launch(folder, [fit("two/faulty", "--model", "hooks.FaultyCard", "--data.batch_size", "4", *FEW)])
+    assert printed.count("computes something else than the libraries: layer output (1, allowed 0.06)") == 1
+    assert [f"process {rank} runs fused: False" in printed for rank in range(2)] == [True, True]
+
+
 @pytest.mark.usefixtures("output", "alone")
 @pytest.mark.parametrize("metric", ["val_loss", "val_perplexity", "val_token_accuracy", "tokens_seen"])
 def test_validation_judges_every_row_once_and_tokens_are_counted_over_all_processes(folder, metric):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_lightning import LossSums, QLoRAModule, UserError
 from qlora_lightning.callbacks import Evaluation, GradientCheckpointing, ThroughputMonitor
 from qlora_lightning.cli import main
-from qlora_lightning.model import guards
+from qlora_lightning.model import guards, self_check
 from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.report import read_metrics
 from tests.benchmarks.stub_step import counts
@@ -184,13 +184,15 @@ def memory(folder):
     base, rows, found = save_wide(folder / "base", 8, 128_256), folder / "rows.jsonl", {}
     settings = {"model__base": base, "model__cache": "false", "model__rank": 16, "data__train": rows}
     settings |= {"data__format": "tokens", "data__val_fraction": "null", "trainer__log_every_n_steps": 1}
-    for name, tokens, enabled, offload in (
-        ("plain", 4892, "false", "false"),
-        ("checkpointed", 9462, "true", "false"),
-        ("offloaded", 3859, "true", "true"),
+    for name, dtype, tokens, enabled, offload in (
+        ("plain", "bf16", 4892, "false", "false"),
+        ("plain in fp32", "fp32", 3892, "false", "false"),
+        ("checkpointed", "bf16", 9462, "true", "false"),
+        ("offloaded", "bf16", 3859, "true", "true"),
     ):
         write_rows(rows, tokens_of(4 * [*[1024] * (tokens // 1024), tokens % 1024]))
         choice = {"gradient_checkpointing__enabled": enabled, "gradient_checkpointing__offload": offload}
+        choice |= {"model__compute_dtype": dtype}
         options = settings | choice | {"data__shuffle": "false", "data__batch_size": 1 + tokens // 1024}
         run("plan", **options, json=folder / f"{name}.json")
         run("fit", **options, trainer__default_root_dir=folder / name)
@@ -204,6 +206,19 @@ def memory(folder):
     run("fit", **settings, data__batch_size=16, trainer__default_root_dir=folder / "ragged")
     found |= {name: read_gib(folder / "ragged", name) for name in ("allocated", "peak", "reserved")}
     return found | {"retries": torch.cuda.memory_stats()["num_alloc_retries"]}
+
+
+def int8(folder):
+    """Plan checkpointed steps of an int8 base of Llama-3.1-8B's width, and take them."""
+    base, rows = save_wide(folder / "base", 8), write_rows(folder / "rows.jsonl", tokens_of(8 * [1024]))
+    settings = {"model__base": base, "model__quantization": "int8", "model__cache": "false", "data__train": rows}
+    settings |= {"data__format": "tokens", "data__val_fraction": "null", "data__batch_size": 4}
+    settings |= {"gradient_checkpointing__enabled": "true", "gradient_checkpointing__offload": "false"}
+    settings |= {"trainer__log_every_n_steps": 1}
+    run("plan", **settings, json=folder / "plan.json")
+    run("fit", **settings, trainer__default_root_dir=folder / "run")
+    plan = json.loads((folder / "plan.json").read_text())["memory"]
+    return [max(read_gib(folder / "run", "peak")) * 2**30, plan["peak_bytes"] - plan["parts"]["context"]]
 
 
 def read_gib(run_folder, name):
@@ -253,6 +268,30 @@ def launches(folder):
     options = {"accelerator": "gpu", "deterministic": True, "max_steps": 6}
     fit(Logs(str(base), cache=False), folder, rows, **options, callbacks=[ThroughputMonitor(), steps := Steps()])
     return found | {"steps": steps.found}
+
+
+def check(folder):
+    """Count what the check of a first start takes at Llama-3.1-8B's widths; and train where it finds a fault."""
+    base, found = save_wide(folder / "base", 2, 128_256), {}
+    for name in ("auto", "fp16", "fp32"):
+        module = make_module(base, "cuda", compute_dtype=name)
+        model_dtype = module.precision.dtype
+        assert self_check.find_faults(module.causal_lm, model_dtype) == []  # kernels are compiled
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        CARD.card_reset()
+        self_check.find_faults(module.causal_lm, model_dtype)
+        launches, _, reads = counts()
+        found[name] = [launches, reads, (torch.cuda.max_memory_allocated() - held) / 2**30]
+        del module
+    rows = write_rows(folder / "rows.jsonl", rows_of([200] * 16))
+    settings = {"model__base": base, "model__cache": "false", "data__train": rows, "data__val_fraction": "null"}
+    settings |= {"trainer__max_steps": 2, "evaluation": "null"}
+    for name in ("healthy", "faulty"):
+        run("fit", **settings, trainer__default_root_dir=folder / name)
+        self_check.compare_paths = lambda *_: [self_check.Comparison("layer", "output", 1.0, 0.06)]
+        main(["cache", "clear", "--kind", "checks"])
+    return found
 
 
 if __name__ == "__main__":

@@ -78,13 +78,18 @@ def test_out_of_memory_anywhere_is_survived_or_one_sentence(on_card):
 
 def test_steps_take_the_memory_that_is_planned_and_ragged_ones_fit_at_once(on_card):
     found, _ = on_card("memory", 89, 24, **EXPANDABLE)
-    for choice in ("plain", "checkpointed", "offloaded"):
+    for choice in ("plain", "plain in fp32", "checkpointed", "offloaded"):
         peak, planned = found[choice]
         assert 0.97 * planned < peak < planned
     assert found["retries"] == 0
     allocated, peaks, reserved = (found[name] for name in ("allocated", "peak", "reserved"))  # GiB of each ragged step
     assert all(held < peak <= most for held, peak, most in zip(allocated, peaks, reserved, strict=True))
     assert sorted(peaks) != peaks  # each is of its own step
+
+
+def test_checkpointed_int8_layers_keep_no_input(on_card):
+    (peak, planned), _ = on_card("int8", 80, 24, **EXPANDABLE)
+    assert peak < planned
 
 
 def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
@@ -95,3 +100,15 @@ def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
     assert found["passes"] == [0, 0]  # waits and reads
     assert found["steps"][1:] == [[1, 1]] * 5  # the first makes what is made once
     assert printed.count("set PYTORCH_ALLOC_CONF=expandable_segments:True") == 1  # by Python CUDA starts too early
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_check_of_a_first_start_is_small_and_what_it_finds_is_planned(on_card, capability):
+    found, printed = on_card("check", capability, 16, **EXPANDABLE)
+    for dtype, (launches, reads, gib) in found.items():
+        assert launches <= 800
+        assert reads <= 60
+        assert gib <= (0.45 if dtype == "fp32" else 0.4)  # two dense weights
+    assert printed.count("computes something else than the libraries: layer output (1, allowed 0.06)") == 1
+    healthy, faulty = (int(each.replace(",", "")) for each in re.findall(r"At most ([\d,]+) tokens go", printed))
+    assert faulty < healthy

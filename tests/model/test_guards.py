@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import AdapterCheckpoint, LossSums, MetricsLogger, QLoRAModule, load_base
-from tests.errors import rejects
+from tests.errors import MachineFailed, rejects
 from tests.packed import collate
 from tests.steps import fit, make_module, trainable_tensors
 
@@ -385,3 +385,30 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
         is_known = bad == vocabulary - 1
         with contextlib.nullcontext() if is_known else rejects("data.tokenizer", "row 1", f"{bad:,}"):
             module.compute_loss(batch)
+
+
+class WatchesFilling(Callback):
+    """Notes in a step whether torch fills new tensors, and may fail then."""
+
+    def __init__(self, fails):
+        self.fails, self.fills = fails, []
+
+    def on_train_batch_end(self, *_):
+        self.fills.append(torch.utils.deterministic.fill_uninitialized_memory)
+        if self.fails:
+            raise MachineFailed
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_deterministic_run_does_not_fill_new_tensors_and_leaves_torch_as_it_was(
+    tiny_base, rows_file, tmp_path, fails
+):
+    watch = WatchesFilling(fails)
+    module = QLoRAModule(str(tiny_base), rank=2)
+    try:
+        with pytest.raises(MachineFailed) if fails else contextlib.nullcontext():
+            fit(module, tmp_path, rows_file, max_steps=1, deterministic=True, callbacks=[watch])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert watch.fills == [False]
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_lightning import UserError, load_base
 from qlora_lightning.cli import main
+from qlora_lightning.model.layers.lora import FusedInt8Linear
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
 from tests.adapters import make_adapter
 from tests.equality import base_tensors, same
 from tests.errors import rejects
 from tests.random_base import save_random_llama
-from tests.steps import distance, make_module
+from tests.steps import distance, loss_and_gradients, make_module
 
 QUANTIZED = ["nf4", "fp4", "int8"]
 
@@ -119,3 +120,16 @@ def test_the_limit_of_a_container_counts_without_the_files_that_it_has_cached(tm
         (tmp_path / f"memory.{name}").write_text(f"{content}\n")
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     assert machine.free_bytes(torch.device("cpu")) == 500
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_int8_linears_give_the_bits_of_bitsandbytes(tiny_base, dtype):
+    module = make_module(tiny_base, quantization="int8", compute_dtype=dtype)
+    loss, gradients = loss_and_gradients(module)
+    ours = [each for each in module.modules() if isinstance(each, FusedInt8Linear)]
+    assert len(ours) == 2 * 7  # layers × linears
+    for linear in ours:
+        linear.fallback_reason = "as bitsandbytes wrote it"
+    plain_loss, plain_gradients = loss_and_gradients(module)
+    assert loss == plain_loss
+    assert torch.equal(gradients, plain_gradients)

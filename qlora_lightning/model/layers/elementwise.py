@@ -3,9 +3,10 @@
 A GPU runs each as one kernel of kernels.py, a CPU torch's operations.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.support.errors import describe_error, is_out_of_memory
+
+_SLOWER = "norm, rotary, SwiGLU and loss take several kernels of torch each."
 _log = logging.getLogger(__name__)
+_distrusted = False  # whether a kernel failed, or computed something else than torch
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -23,28 +28,54 @@ def has_kernel(function: _Function) -> _Function:
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
         first = arguments[0]
-        if not first.is_cuda or (kernels := triton_kernels()) is None:
+        kernels = triton_kernels(first.device.type) if first.is_cuda else None
+        if kernels is None:
             return function(*arguments)
         if first.get_device() != torch.cuda.current_device():  # where Triton would launch it
             with torch.cuda.device(first.device):
                 return run(*arguments)
-        return getattr(kernels, function.__name__)(*arguments)
+        try:
+            return getattr(kernels, function.__name__)(*arguments)
+        except Exception as error:  # from Triton or its compiler, before anything is launched
+            if is_out_of_memory(error):
+                raise
+            _log.warning("Triton does not run %s here (%s): %s", function.__name__, describe_error(error), _SLOWER)
+            distrust_kernels()
+        return function(*arguments)
 
     return cast(_Function, run)
 
 
+def triton_kernels(device_type: str) -> Any:
+    """Return the module of kernels; ``None`` if there is no Triton, or one of them is not trusted in this process."""
+    return None if _distrusted or device_type != "cuda" else _import_kernels()
+
+
 @functools.cache
-def triton_kernels() -> Any:
-    """Return the module of kernels, ``None`` if Triton runs none: it needs a C compiler and a recent enough GPU."""
+def _import_kernels() -> Any:
     try:
         from qlora_lightning.model.layers import kernels
-
-        kernels.rms_norm(torch.ones(1, 1, device="cuda"), torch.ones(1, device="cuda"), 0.0)
-    except Exception as error:  # from Triton or its compiler
-        reason = str(error).strip().partition("\n")[0]
-        _log.warning("Triton compiles nothing here (%s): norm, rotary, SwiGLU and loss take several kernels.", reason)
+    except ImportError as error:
+        _log.warning("There is no Triton (%s): %s", describe_error(error), _SLOWER)
         return None
     return kernels
+
+
+def distrust_kernels() -> None:
+    """Run torch's operations in the place of Triton's kernels, in this process from now on."""
+    global _distrusted
+    _distrusted = True
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Run torch's operations in the place of Triton's kernels for a while."""
+    global _distrusted
+    before, _distrusted = _distrusted, True
+    try:
+        yield
+    finally:
+        _distrusted = before
 
 
 # ---- RMSNorm (Zhang and Sennrich 2019) with a frozen weight ---------------------------------------------------------

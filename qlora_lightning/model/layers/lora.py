@@ -206,6 +206,13 @@ class Fused(nn.Module):
         vars(fused).update(vars(layer))
         return cast(Self, fused)
 
+    def to_layer(self) -> nn.Module:
+        """Build the library's layer again, which shares all of this one: the inverse of :meth:`from_layer`."""
+        _, layer_class = type(self).__bases__
+        layer: nn.Module = object.__new__(layer_class)
+        vars(layer).update({name: value for name, value in vars(self).items() if name != "fallback_reason"})
+        return layer
+
 
 @functools.cache
 def _fused_class(fused: Any, layer_class: Any) -> Any:
@@ -238,6 +245,39 @@ class FusedLoRA(Fused):
             output = LoRALinearFunction.apply(rows, group, None, *group.adapters)
         output = output.view(*x.shape[:-1], output.shape[-1])  # outside the function: a model may write into it
         return output if autocasts else output.to(x.dtype)
+
+
+class _Int8Product(torch.autograd.Function):
+    """Compute what bitsandbytes does of a frozen int8 weight, and keep nothing for backward.
+
+    bitsandbytes keeps the input where activation checkpointing does not see it, and reads it for a weight that trains.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: Any) -> Tensor:
+        ctx.state, ctx.dtype = linear.state, x.dtype
+        return cast(Tensor, bnb.nn.Linear8bitLt.forward(linear, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        scales = ctx.state.SCB.unsqueeze(1).mul(1 / 127)
+        weight = ctx.state.CB.to(ctx.dtype, copy=True).mul_(scales)
+        return grad.to(ctx.dtype) @ weight, None
+
+
+class FusedInt8Linear(Fused):
+    """A frozen int8 linear of bitsandbytes, which keeps no input for backward."""
+
+    fallback_reason = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(…, in)`` to ``(…, out)``."""
+        linear: Any = self
+        trains = any(param is not None and param.requires_grad for param in (linear.weight, linear.bias))
+        if self.fallback_reason is not None or trains or not x.requires_grad:
+            return cast(Tensor, super().forward(x))
+        return cast(Tensor, _Int8Product.apply(x, self))
 
 
 def linear_group(layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]]) -> LinearGroup:

@@ -1,6 +1,8 @@
 """Choose which layers run fused: those whose submodules, which a fused forward does not call, are unmodified."""
 # mypy: allow-untyped-calls
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -18,7 +20,7 @@ from qlora_lightning.model.activation_checkpointing import enable_activation_che
 from qlora_lightning.model.layers.attention import packed_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.experts import FusedExperts
-from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
+from qlora_lightning.model.layers.lora import Fused, FusedInt8Linear, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
@@ -40,7 +42,7 @@ class Fusion(NamedTuple):
 
 
 def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
-    """Replace layers and last norm of transformers, and LoRA linears of PEFT; choose which of them run fused."""
+    """Replace layers and last norm of transformers, LoRA linears of PEFT and int8 linears; choose which run fused."""
     modeling = _modeling_of(model)
     causal_lm = _causal_lm_of(model)
     for name, module in list(model.named_modules()) if fused else []:
@@ -48,9 +50,33 @@ def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
+        elif type(module) is bnb.nn.Linear8bitLt:
+            model.set_submodule(name, FusedInt8Linear.from_layer(module))
         elif modeling is not None and module is causal_lm.base_model.norm and type(module).__module__ == modeling:
             model.set_submodule(name, FusedNorm.from_layer(module))
     return choose_layers(model)
+
+
+def distrust(model: nn.Module) -> Fusion:
+    """Put the layers of transformers and PEFT back, with their adapters: the model is as without ``fuse_layers``."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Fused) and not isinstance(module, FusedExperts):  # which have no other form
+            model.set_submodule(name, module.to_layer())
+    return choose_layers(model)
+
+
+@contextlib.contextmanager
+def library_layers(module: nn.Module) -> Iterator[None]:
+    """Let the linears inside a module run as PEFT and bitsandbytes wrote them, for a while."""
+    linears = [each for each in module.modules() if isinstance(each, FusedLoRA | FusedInt8Linear)]
+    reasons = [linear.fallback_reason for linear in linears]
+    try:
+        for linear in linears:
+            linear.fallback_reason = "it is compared with the fused one"
+        yield
+    finally:
+        for linear, reason in zip(linears, reasons, strict=True):
+            linear.fallback_reason = reason
 
 
 def _causal_lm_of(model: Any) -> Any:

@@ -11,7 +11,7 @@ from qlora_lightning.model.activation_checkpointing import (
     checkpointing_choices,
     switch_checkpointing,
 )
-from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
+from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, memory_for_step, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.model.step.packed import Cutter, samples_per_row
 from qlora_lightning.support.console import say
@@ -47,19 +47,28 @@ class TokenBudget:
         self._fitted = 0  # the most tokens of a micro-batch that was trained on in this fit, since memory ran out
         self.fits = [Fit(self.tokens, Checkpointing())]
         self._switched_to = Checkpointing()
+        self._memory = 0  # bytes for a step and its base, before this is loaded
+        self._restored: dict[str, Any] | None = None  # what a checkpoint had
 
     def plan(self, module: "QLoRAModule") -> None:
         """Begin a fit: under ``auto`` choose by the formula, before any weight is downloaded or loaded.
 
         See :func:`~qlora_lightning.model.memory.fit.plan_fits`.
         """
+        self._memory, self._restored = memory_for_step(module.trainer.strategy.root_device), None
+        self.plan_again(module)
+
+    def plan_again(self, module: "QLoRAModule") -> None:
+        """Choose again, since the layers run in another way: of the memory that was free before the base was loaded."""
         trainer = module.trainer
         settings = find_callback(trainer, GradientCheckpointing) or GradientCheckpointing()
         on_cuda = trainer.strategy.root_device.type == "cuda"
         choices = checkpointing_choices(settings.enabled, settings.offload, on_cuda=on_cuda)
-        planned = plan_fits(module, choices) if self.is_auto else None
+        planned = plan_fits(module, choices, self._memory) if self.is_auto else None
         self.fits = planned or [Fit(self._unplanned, choice) for choice in choices]
         self.tokens, self._fitted = self.fits[0].tokens, 0
+        if self._restored is not None:
+            self.load_state_dict(self._restored)
 
     def start(self, causal_lm: Any) -> None:
         """Switch to the chosen checkpointing, and print it.
@@ -146,6 +155,7 @@ class TokenBudget:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a run had found, its tokens only if the setting is the same."""
+        self._restored = state
         choices = [fit.choice for fit in self.fits]
         choice = Checkpointing(*state["checkpointing"])
         if choice in choices:

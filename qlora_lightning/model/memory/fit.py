@@ -70,6 +70,7 @@ def plan_step(
     processes: int,
     sharded_offload: bool | None,
     samples: Any = None,
+    on_cuda: bool = False,
 ) -> tuple[peft.PeftModel, StepMemory]:
     """Build the model of a module on the meta device, and the formula of its step.
 
@@ -85,16 +86,22 @@ def plan_step(
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
-    settings |= {"processes": processes, "sharded_offload": sharded_offload}
+    settings |= {"processes": processes, "sharded_offload": sharded_offload, "on_cuda": on_cuda}
     if samples is not None:
         settings["row_tokens"] = float(np.quantile(samples.lengths, 0.1)) / (2 if module.pairs else 1)
     return model, build_step_memory(model, dtype, **settings)
 
 
-def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[Fit] | None:
+def memory_for_step(device: torch.device) -> int:
+    """Read how many bytes a step may take before its base is loaded, with CUDA's context, which is in the formula."""
+    return free_bytes(device) + CONTEXT_BYTES  # the context exists already
+
+
+def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing], memory: int) -> list[Fit] | None:
     """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
 
-    ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not work on the meta device.
+    ``memory`` is what :func:`memory_for_step` has read. Returns ``None`` if the base has code of its own, or
+    ``build_model`` is overridden: these may not work on the meta device.
 
     Raises:
         UserError: The longest row does not fit on the GPU with any choice, by a formula and not an estimate.
@@ -108,14 +115,13 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     config = open_text_config(source.folder, module.base)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
-    memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula
     sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
     data = datamodule_of(module.trainer)
     samples = samples_of(data, "train")  # a preference pair counts both answers
-    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload, samples)
+    on_gpu = device.type == "cuda"
+    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload, samples, on_gpu)
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
     longest = min(longest, _MAX_TOKENS - 1)
-    on_gpu = device.type == "cuda"
     fits = find_fits(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
     if not on_gpu:  # for a CPU the formula only tells whether memory is short
         return [fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU)) for fit in fits]

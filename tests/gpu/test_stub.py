@@ -95,3 +95,9 @@ def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
     assert found["passes"] == [0, 0]  # waits and reads
     assert found["steps"][1:] == [[1, 1]] * 5  # the first makes what is made once
     assert printed.count("set PYTORCH_ALLOC_CONF=expandable_segments:True") == 1  # by Python CUDA starts too early
+
+
+def test_many_samples_take_the_launches_of_few_on_an_old_card_and_in_fp32(on_card):
+    found, _ = on_card("rows", 75, 8)
+    for few, many in found.values():
+        assert few == many

@@ -17,10 +17,10 @@ Layers that do not run fused are those of transformers and PEFT, and have no for
 chosen high (_plain_saved_bytes).
 
 It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
-memory that is left free; on a GPU in float32 keys and values for all heads; attention's scores if no kernel avoids
-them; copies of shared beginnings of samples; what torch's operations take where Triton does not work. It counts each
-token as labelled, and each optimizer as AdamW unless it is an 8-bit one. On a CPU it only tells whether memory is
-short.
+memory that is left free; attention's scores if no kernel avoids them, and keys and values for all heads where samples
+are computed one by one, with narrow windows or sinks on an older GPU; copies of shared beginnings of samples; what
+torch's operations take where Triton does not work. It counts each token as labelled, and each optimizer as AdamW unless
+it is an 8-bit one. On a CPU it only tells whether memory is short.
 """
 
 import math
@@ -186,8 +186,6 @@ def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype) -> float:
     # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
     elements = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
     floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
-    if dtype == torch.float16:  # no kernel over ragged samples: keys and values for all heads, outputs of each sample
-        elements += 3 * queries - 2 * keys
     if hasattr(attention, "q_norm"):  # queries and keys before their norms
         elements, floats = elements + queries + keys, floats + (queries + keys) // attention.head_dim
     return float(elements * dtype.itemsize + floats * FLOAT)

@@ -116,7 +116,7 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
         batch = {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths.max())}
     except UserError as error:
         notes.append(f"The data were not read. {error}")
-    model, step = plan_step(module, config, dtype, count_devices(trainer), offload, samples, is_cuda)
+    model, step = plan_step(module, config, dtype, count_devices(trainer), offload, samples)
     check_row_length(config, data.max_length)
     for name in ("build_model", "compute_loss"):
         if module.overrides(name) and not type(module).__module__.startswith("qlora_lightning."):

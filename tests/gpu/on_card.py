@@ -248,22 +248,34 @@ class Steps(Callback):
         self.found.append(counts()[1:])
 
 
+def count_kernels(module, lengths=(200, 100, 300)):
+    """Count the kernels of a step's forward and backward, on a batch of such samples."""
+    for _ in range(2):  # the first compiles
+        batch = make_batch(lengths) | {"row_ids": torch.arange(len(lengths)), "source": torch.zeros(len(lengths))}
+        micro_batch = module.micro_batch_of(batch)
+        module.zero_grad(set_to_none=True)
+        CARD.card_reset()
+        loss = module.compute_loss(micro_batch).loss_sum
+        forward = counts()[0]
+        loss.backward()
+    return torch.tensor([forward, counts()[0] - forward])
+
+
+def rows(folder):
+    """Count the kernels of few and of many samples in fp16 and in fp32."""
+    base = save_wide(folder / "base", 2)
+    modules = {dtype: make_module(base, "cuda", compute_dtype=dtype) for dtype in ("fp16", "fp32")}
+    lengths = (200, 400), (60,) * 10
+    return {name: [count_kernels(module, each).tolist() for each in lengths] for name, module in modules.items()}
+
+
 def launches(folder):
     """Count the kernels of a layer, by models of two and of six, and what the host waits for."""
-    forward, backward = [], []
+    kernels = []
     for layers in (2, 6):
         base = save_wide(folder / str(layers), layers)
-        module = make_module(base, "cuda", compute_dtype="bf16")
-        for _ in range(2):  # the first compiles
-            batch = make_batch((200, 100, 300)) | {"row_ids": torch.arange(3), "source": torch.zeros(3)}
-            micro_batch = module.micro_batch_of(batch)
-            module.zero_grad(set_to_none=True)
-            CARD.card_reset()
-            loss = module.compute_loss(micro_batch).loss_sum
-            forward.append(counts()[0])
-            loss.backward()
-            backward.append(counts()[0] - forward[-1])
-    found = {"layer": [(numbers[3] - numbers[1]) / 4 for numbers in (forward, backward)], "passes": counts()[1:]}
+        kernels.append(count_kernels(make_module(base, "cuda", compute_dtype="bf16")))
+    found = {"layer": ((kernels[1] - kernels[0]) / 4).tolist(), "passes": counts()[1:]}
     rows = write_rows(folder / "rows.jsonl", rows_of([50] * 16))
     options = {"accelerator": "gpu", "deterministic": True, "max_steps": 6}
     fit(Logs(str(base), cache=False), folder, rows, **options, callbacks=[ThroughputMonitor(), steps := Steps()])

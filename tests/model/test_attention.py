@@ -36,8 +36,8 @@ def by_formula(query, key, value, samples, s_aux=None):
     return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_expanded]
 
 
-def attend_by(*, fast=True, loops=True, ragged_kernel=False):
-    """Make a way to attend: by the C++ loops, the ragged kernel of new cards, or plain."""
+def attend_by(*, fast=True, loops=True, ragged_kernel=False, efficient_kernel=False):
+    """Make a way to attend: by the C++ loops, the kernels of new and of old cards, or plain."""
 
     def attend(*qkv, samples, s_aux=None):
         with pytest.MonkeyPatch.context() as patch:
@@ -45,18 +45,23 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
                 patch.setattr(attention, "has_cpu_kernel", lambda *_: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda query, value: True)
+            if efficient_kernel:
+                patch.setattr(attention, "has_efficient_kernel", lambda query: True)
             with packed_pass(PackedPass(samples, fused=fast)):
                 return packed_attention(None, *qkv, None, s_aux=s_aux)[0]
 
     return attend
 
 
-fast, plain, ragged = (attend_by(**each) for each in ({}, {"fast": False}, {"loops": False, "ragged_kernel": True}))
+KERNELS = ({"ragged_kernel": True}, {"efficient_kernel": True})
+fast, plain, ragged, efficient = (
+    attend_by(**each) for each in ({}, {"fast": False}, *({"loops": False, **kernel} for kernel in KERNELS))
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def flash_on_a_cpu():
-    """Give torch's FlashAttention, which has an implementation for GPUs alone, one for CPUs by the formula."""
+def kernels_on_a_cpu():
+    """Give torch's kernels, which have an implementation for GPUs alone, one for CPUs by the formula."""
 
     def scores_of(query, key, bounds):
         cu_q, cu_k, max_q, max_k, dropout, is_causal = bounds
@@ -90,7 +95,24 @@ def flash_on_a_cpu():
         pairs = zip(grads, shapes, strict=True)
         return tuple(each.unflatten(1, (shape[1], -1)).sum(2).to(query.dtype) for each, shape in pairs)
 
+    def efficient_forward(query, key, value, bias, *bounds_and_options, scale=None):
+        *bounds, dropout, mask_type, with_lse = bounds_and_options
+        assert (bias, with_lse, key.shape[2], value.shape[2]) == (None, True, query.shape[2], query.shape[2])
+        states = (each[0] for each in (query, key, value))
+        window = {"window_size_left": -1, "window_size_right": 0}
+        out, lse, *_ = forward(*states, *bounds, dropout, mask_type == 1, False, **window)
+        return out[None], lse, *torch.empty(2, 0), 0, 0
+
+    def efficient_backward(grad, query, key, value, bias, out, *rest, num_splits_key, scale=None):
+        *bounds, lse, dropout, seed, offset, mask_type, bias_requires_grad = rest
+        assert (bias, bias_requires_grad, num_splits_key) == (None, False, 1)
+        states = (each[0] for each in (grad, query, key, value, out))
+        grads = backward(*states, lse, *bounds, dropout, mask_type == 1, seed, offset)
+        return *(each[None] for each in grads), torch.empty(0)
+
     library = torch.library.Library("aten", "IMPL")
+    library.impl("_efficient_attention_forward", efficient_forward, "CPU")
+    library.impl("_efficient_attention_backward", efficient_backward, "CPU")
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
     yield
@@ -120,7 +142,7 @@ SHAPES = [  # samples; heads of queries, keys and values; their width
 ]
 
 
-@pytest.mark.parametrize("way", [fast, plain, ragged], ids=["loops", "plain", "ragged"])
+@pytest.mark.parametrize("way", [fast, plain, ragged, efficient], ids=["loops", "plain", "ragged", "efficient"])
 @pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, heads, width, sinks):

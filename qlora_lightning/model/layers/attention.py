@@ -1,8 +1,9 @@
 """Attention over a packed batch: samples are end to end in one stream, and each attends only to itself.
 
-:func:`packed_pass` sets where the samples are: some models do not pass keywords to their attention. Three
-implementations agree within rounding: C++ loops on a CPU, torch's kernel for ragged samples on a GPU, and torch's
-attention for one sample after the other. Outside of :func:`packed_pass`, as in ``generate``, it is transformers' own.
+:func:`packed_pass` sets where the samples are: some models do not pass keywords to their attention. Four
+implementations agree within rounding: C++ loops on a CPU; on a GPU torch's FlashAttention, or on an older one and in
+float32 its memory-efficient kernels; and torch's attention for one sample after the other. Outside of
+:func:`packed_pass`, as in ``generate``, it is transformers' own.
 """
 # mypy: allow-untyped-calls
 
@@ -180,6 +181,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
         query = _Expand.apply(query, expanded)
     if is_fused and has_ragged_kernel(query, value) and (sinks is None or not sinks.requires_grad):
         attn_out: Tensor = RaggedAttention.apply(query, key, value, sequences, options)
+    elif is_fused and is_plain and has_efficient_kernel(query):
+        attn_out = EfficientAttention.apply(query, key, value, sequences, options.scaling)
     else:
         attn_out = attend_per_sample(query, key, value, sequences, options)
     # a shared token has the same result in each sample
@@ -206,6 +209,11 @@ def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
         return False
     fits = width == value.shape[-1] and width <= 256 and width % 8 == 0
     return fits and _capability(query.device) >= (8, 0)
+
+
+def has_efficient_kernel(query: Tensor) -> bool:
+    """Whether torch has memory-efficient attention over ragged samples: on a GPU, in any dtype, at any width."""
+    return query.is_cuda
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)  # asked for by every layer
@@ -299,6 +307,47 @@ class RaggedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward, saved = torch.ops.aten._flash_attention_backward.default, ctx.saved_tensors
         return *backward(grad.contiguous(), *saved, *ctx.arguments, *ctx.random, **ctx.options), None, None
+
+
+class EfficientAttention(torch.autograd.Function):
+    """Compute attention within each sample by torch's memory-efficient kernels (Rabe and Staats 2021, by xFormers).
+
+    They take any dtype and width of heads, from compute capability 5.0 on, and no grouped heads: keys and values are
+    repeated for each head of queries, in backward once more, since they are not kept. Sums over keys are not split in
+    backward: their parts would be added in any order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, scaling: float | None
+    ) -> Tensor:
+        bounds, longest = sequences.cu_seqlens, sequences.longest
+        ctx.arguments, ctx.scaling = (bounds, bounds, longest, longest), scaling
+        states = (query.unsqueeze(0), *_repeat_heads(query, key, value))
+        attend = torch.ops.aten._efficient_attention_forward.default
+        attn_out, lse, *ctx.random, _, _ = attend(*states, None, *ctx.arguments, 0.0, _CAUSAL, True, scale=scaling)
+        ctx.save_for_backward(query, key, value, attn_out, lse)
+        return cast(Tensor, attn_out.squeeze(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, attn_out, lse = ctx.saved_tensors
+        states = (query.unsqueeze(0), *_repeat_heads(query, key, value))
+        outputs = (attn_out, *ctx.arguments, lse, 0.0, *ctx.random, _CAUSAL, False)
+        backward, options = torch.ops.aten._efficient_attention_backward.default, {"num_splits_key": 1}
+        grads = backward(grad.contiguous().unsqueeze(0), *states, None, *outputs, scale=ctx.scaling, **options)
+        grad_query, *of_heads = (each.squeeze(0) for each in grads[:3])
+        grad_key, grad_value = (each.unflatten(1, (key.shape[1], -1)).sum(2) for each in of_heads)
+        return grad_query, grad_key, grad_value, None, None
+
+
+_CAUSAL = 1  # of each sample: a query sees the keys up to its own
+
+
+def _repeat_heads(query: Tensor, *states: Tensor) -> list[Tensor]:
+    """Repeat keys or values ``(tokens, kv_heads, …)`` for each head of queries: ``(1, tokens, heads, …)``."""
+    return [each.repeat_interleave(query.shape[1] // each.shape[1], dim=1).unsqueeze(0) for each in states]
 
 
 class VarlenAttention(torch.autograd.Function):

@@ -70,7 +70,6 @@ def plan_step(
     processes: int,
     sharded_offload: bool | None,
     samples: Any = None,
-    on_cuda: bool = False,
 ) -> tuple[peft.PeftModel, StepMemory]:
     """Build the model of a module on the meta device, and the formula of its step.
 
@@ -86,7 +85,7 @@ def plan_step(
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
-    settings |= {"processes": processes, "sharded_offload": sharded_offload, "on_cuda": on_cuda}
+    settings |= {"processes": processes, "sharded_offload": sharded_offload}
     if samples is not None:
         settings["row_tokens"] = float(np.quantile(samples.lengths, 0.1)) / (2 if module.pairs else 1)
     return model, build_step_memory(model, dtype, **settings)
@@ -118,10 +117,10 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing], memory: i
     sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
     data = datamodule_of(module.trainer)
     samples = samples_of(data, "train")  # a preference pair counts both answers
-    on_gpu = device.type == "cuda"
-    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload, samples, on_gpu)
+    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload, samples)
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
     longest = min(longest, _MAX_TOKENS - 1)
+    on_gpu = device.type == "cuda"
     fits = find_fits(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
     if not on_gpu:  # for a CPU the formula only tells whether memory is short
         return [fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU)) for fit in fits]

@@ -17,7 +17,8 @@ Layers that do not run fused are those of transformers and PEFT, and have no for
 chosen high (_plain_saved_bytes).
 
 It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
-memory that is left free; attention's scores if no kernel avoids them; copies of shared beginnings of samples; what
+memory that is left free; attention's scores if no kernel avoids them, and keys and values for all heads where samples
+are computed one by one, with narrow windows or sinks on an older GPU; copies of shared beginnings of samples; what
 torch's operations take where Triton does not work. It counts each token as labelled, and each optimizer as AdamW unless
 it is an 8-bit one. On a CPU it only tells whether memory is short.
 """
@@ -117,12 +118,10 @@ def build_step_memory(
     processes: int = 1,
     sharded_offload: bool | None = None,
     row_tokens: float = 512,
-    on_cuda: bool = False,
 ) -> StepMemory:
     """Build the formula of a model on the meta device whose fused layers are chosen.
 
     ``row_tokens`` is the length of short rows: attention's backward takes 128 tokens more for each.
-    ``on_cuda``: on a GPU keys and values are repeated for all heads in float32 too.
     ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory.
     """
     causal_lm: Any = model.get_base_model()
@@ -162,7 +161,7 @@ def build_step_memory(
         logit_rows=logits_chunk_size(vocabulary, dtype.itemsize, "cuda"),
         held_logits=0 if runs_packed(causal_lm.config) else 3 * vocabulary * dtype.itemsize,
         layers=len(layers),
-        saved=fmean(_saved_bytes(causal_lm.config, layer, dtype, on_cuda) for layer in layers),
+        saved=fmean(_saved_bytes(causal_lm.config, layer, dtype) for layer in layers),
         mlp=mlp * dtype.itemsize,
         is_fused=_is_fused(layers[-1]),
         attention=_attention_bytes(layers[-1], dtype, row_tokens) if _is_fused(layers[-1]) else 0,
@@ -176,7 +175,7 @@ def _is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedDecoderLayer) and layer.fallback_reason is None
 
 
-def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype, on_cuda: bool) -> float:
+def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype) -> float:
     """Return the bytes per token that a layer saves for backward."""
     if not _is_fused(layer):
         return _plain_saved_bytes(config, layer, dtype)
@@ -187,9 +186,6 @@ def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype, on_cuda: bool) -> 
     # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
     elements = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
     floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
-    # no kernel over ragged samples: keys and values for all heads, outputs of each sample
-    if dtype == torch.float16 or (on_cuda and dtype == torch.float32):
-        elements += 3 * queries - 2 * keys
     if hasattr(attention, "q_norm"):  # queries and keys before their norms
         elements, floats = elements + queries + keys, floats + (queries + keys) // attention.head_dim
     return float(elements * dtype.itemsize + floats * FLOAT)

@@ -224,8 +224,8 @@ def check_training_mode(model: nn.Module) -> None:
 def check_sums(module: "QLoRAModule", batch: Any) -> None:
     """Warn of a ``compute_loss`` that returns no sums: those of a row twice are not two times those of the row once.
 
-    They may be off by rounding. Those of a loss that draws random numbers, of metrics, and of a padded batch, which is
-    never cut, have to be nearer to twice the sum than to the sum itself.
+    They may be off by rounding. Metrics, and sums of a padded batch, which is never cut, have to be nearer to twice the
+    sum than to the sum itself; those of a loss that draws random numbers must not be the sum itself.
 
     Both are computed in evaluation mode, from the same random numbers, and on copies of what a subclass has beside the
     model, so that nothing changes that the loss may count or average. Not checked are a loss of ours, and one that
@@ -251,8 +251,9 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
         restore_generators(generators)
     for name, alone in sums[0].items():
         together, is_exact = sums[1].get(name, math.nan), name in ("loss", "labelled_tokens") and is_packed(batch)
-        error, is_exact = abs(together - 2 * alone), is_exact and not draws
-        if abs(together - alone) < error or (is_exact and error > _MAX_ROUNDING * max(abs(2 * alone), 1.0)):
+        error = abs(together - 2 * alone)
+        is_fault = abs(together - alone) < (_MAX_ROUNDING * abs(alone) if draws else error)
+        if is_fault or (is_exact and not draws and error > _MAX_ROUNDING * max(abs(2 * alone), 1.0)):
             quantity = {"loss": "loss_sum", "labelled_tokens": "count"}.get(name, f"metrics.{name}")
             trainers.say_once(
                 f"Warning: compute_loss of {type(module).__name__} returns no sums. The {quantity} of a row is "

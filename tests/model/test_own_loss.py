@@ -100,6 +100,12 @@ def draws(module, batch):
     return LossSums.of(nll * torch.rand_like(nll))
 
 
+def draws_signs(module, batch):
+    rows = nll_of(module, batch).split(batch.counts)
+    signs = torch.tensor([1.0, -1.0, *torch.randint(2, (len(rows),)) * 2.0 - 1])
+    return LossSums.of(torch.stack([sign * row.sum() for sign, row in zip(signs, rows, strict=False)]))
+
+
 def sum_and_mean(module, batch):
     nll = nll_of(module, batch)
     return LossSums(nll.sum(), len(nll), {"entropy": nll.mean()})
@@ -116,6 +122,7 @@ def l2(module):
         ("", training_only),
         ("", needs_gradients),
         ("", draws),
+        ("", draws_signs),
         ("loss_sum", lambda module, batch: LossSums((nll := nll_of(module, batch)).mean(), len(nll))),
         ("count", lambda module, batch: LossSums(nll_of(module, batch).mean(), 1)),
         ("loss_sum", lambda module, batch: LossSums(torch.rand(()) * (nll := nll_of(module, batch)).mean(), len(nll))),

@@ -328,7 +328,8 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     Those of :func:`frozen_models`, and those that are the model's too, are left out.
     """
     tensors: dict[str, Any] = {**dict(module.named_parameters(recurse=False))}
-    tensors |= dict(module.named_buffers(recurse=False))
+    temporary = module._non_persistent_buffers_set
+    tensors |= {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in temporary}
     for name, part in module.named_children():
         if name != "model":
             tensors |= part.state_dict(prefix=f"{name}.", keep_vars=True)

@@ -57,6 +57,7 @@ class Regression(QLoRAModule):
         self.value_head = torch.nn.Linear(width, 1)
         self.target = torch.nn.Linear(width, 1).requires_grad_(False)  # such as a moving average
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(0), persistent=False)
 
     def configure_model(self):
         super().configure_model()
@@ -93,6 +94,7 @@ def test_what_a_subclass_trains_beside_the_adapter_is_saved_with_it_and_trained_
     assert same(again.state_dict(), trained.state_dict())
     assert float(again.seen) > 0
     assert {"target.weight", "late.weight"} < again.state_dict().keys()
+    assert "last" not in again.state_dict()
     assert "extra.safetensors" in (folder / "adapter" / "README.md").read_text()
     assert "begin anew" not in capsys.readouterr().out
 

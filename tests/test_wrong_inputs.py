@@ -281,7 +281,7 @@ WRONG = [
     wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
     wrong('--model.optimizer {"class_path":"torch.optim.SGD","init_args":{"momentun":0.9}}', "SGD rejects", "momentun"),
     # adapters
-    wrong("--model.adapter none", "none", "adapter_config.json"),
+    wrong("--model.adapter none", "none", "no such folder"),
     wrong(ADAPTER, "not a whole safetensors file", prepare=change_folder(RUN, cut(WEIGHTS, WEIGHTS, 900))),
     wrong(ADAPTER, "no adapter_model.safetensors", prepare=change_folder(RUN, lambda: Path(WEIGHTS).unlink())),
     wrong(MERGE, f"{B} are NaN or infinite", prepare=edit_tensor(RUN, B, put_a_nan)),
@@ -315,7 +315,7 @@ WRONG = [
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
     wrong("evaluate", "Nothing to evaluate: pass --adapter DIR"),
-    wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
+    wrong(EVALUATE, "new/adapter is not an adapter folder: there is no such folder"),
     wrong("recipes copy quickstrat", "recipes copy quickstrat: expected one of ", "quickstart"),
 ]
 PLAN_BASE = f"{PLAN} {BASE}"

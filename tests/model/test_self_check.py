@@ -78,13 +78,14 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fp16", "bf16"))])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_healthy_device_has_no_fault(tiny_base, options, dtype):
     module = make_module(tiny_base, compute_dtype=dtype, **options)
     assert find_faults(module.causal_lm, module.precision.dtype) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "model_type", ["qwen3", "mistral", "gemma3_text", "gemma4_text", "phi3", "qwen3_moe", "gemma2"]

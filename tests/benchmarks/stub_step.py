@@ -72,13 +72,13 @@ def route_evenly() -> None:
     """Give each expert the same number of tokens: the stub computes no indices, but has their launches and reads."""
     from qlora_lightning.model.layers import experts
 
-    def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> experts.Routing:
+    def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> Any:
         flat = top_k_index.reshape(-1)
         order = flat.argsort(stable=True)
         torch.searchsorted(flat[order], torch.arange(n_experts + 1, device=flat.device)).tolist()
         bounds = [len(flat) * expert // n_experts for expert in range(n_experts + 1)]
         slices = {expert: slice(*pair) for expert, pair in enumerate(itertools.pairwise(bounds)) if pair[0] < pair[1]}
-        return experts.Routing(order, order.argsort(), slices)
+        return order, order.argsort(), slices
 
     experts.sort_by_expert = sort_by_expert
 

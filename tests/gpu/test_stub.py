@@ -121,7 +121,7 @@ def test_many_samples_take_the_launches_of_few_on_an_old_card_and_in_fp32(on_car
 
 
 def test_the_stages_of_a_first_hour_on_a_card_run_to_their_ends(stub, tmp_path):
-    """Their figures mean nothing here. Not those that need a card: its tests, compute-sanitizer, the profile's CUPTI."""
+    """Their figures mean nothing here. Its tests, compute-sanitizer and the profile's CUPTI take a card."""
     variables = {"STUB_CC": "90", "STUB_MIB": str(80 << 10), "STAGES_LAYERS": "2"}
     options = {"cwd": Path(__file__).parents[2], "env": {**os.environ, **stub, **variables}, "timeout": 900}
     names = ("machine", "check", "memory", "kernels", "peers")

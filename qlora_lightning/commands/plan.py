@@ -201,7 +201,7 @@ def _check_device(module: Any, console: Console) -> dict[str, Any]:
     console.print(Text(", ".join(f"{library} {version}" for library, version in versions.items())))
     comparisons = [{**each._asdict(), "agrees": each.agrees} for each in compared]
     return {
-        "device": name_device(device),
+        "device": name,
         "compute_dtype": dtype_name,
         "versions": versions,
         "comparisons": comparisons,

@@ -57,9 +57,7 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
 }
 _deterministic: Any = torch.utils.deterministic
 _MAX_FACTOR = 10  # between the loss of training and validation rows
-_MAX_ROUNDING = (
-    2e-3  # of a sum; it is 1e-6 of what packed attention computes, a model's own forward in bf16 rounds more
-)
+_MAX_ROUNDING = 2e-3  # of a sum: 1e-6 if packed attention computes it, more by a model's own forward in bf16
 _MOST_EMPTY_STEPS = 3
 _MOST_ZERO_STEPS = 3  # q and k rightly have a gradient of zeros if each row of a step has one context and one label
 
@@ -98,10 +96,16 @@ def check_monitors(trainer: Trainer) -> None:
             continue
         name = type(callback).__name__
         check_mode("trainer.callbacks", callback.monitor, callback.mode, name)
-        waits = isinstance(callback, callbacks.EarlyStopping) and callback.monitor.startswith("val_")
-        if waits and not trainer.enable_validation:
-            message = f"{name} waits for {callback.monitor}: set data.val or data.val_fraction, or leave it out."
-            raise UserError(message, "trainer.callbacks")  # Lightning's comes after an epoch
+    if not trainer.enable_validation:
+        _reject_waiting(trainer, "set data.val or data.val_fraction")
+
+
+def _reject_waiting(trainer: Trainer, remedy: str) -> None:
+    """Reject early stopping by a validation that there is not; Lightning's error comes after an epoch."""
+    for callback in trainers.callbacks_of(trainer):
+        if isinstance(callback, callbacks.EarlyStopping) and callback.monitor.startswith("val_"):
+            message = f"{type(callback).__name__} waits for {callback.monitor}: {remedy}, or leave it out."
+            raise UserError(message, "trainer.callbacks")
 
 
 def check_length(module: "QLoRAModule", batches: int) -> None:
@@ -110,8 +114,8 @@ def check_length(module: "QLoRAModule", batches: int) -> None:
     A run that only its time ends may reach all.
     """
     trainer: Any = module.trainer
-    is_bound = not module.overrides("configure_optimizers") and needs_end(module.schedule, module.warmup)
-    steps, window = trainers.check_steps(trainer, is_bound), trainer.accumulate_grad_batches
+    rates_need_end = not module.overrides("configure_optimizers") and needs_end(module.schedule, module.warmup)
+    steps, window = trainers.check_steps(trainer, rates_need_end), trainer.accumulate_grad_batches
     if steps is None or trainers.is_trial_run(trainer):
         return
     check_warmup(module.warmup, steps)
@@ -136,10 +140,7 @@ def check_length(module: "QLoRAModule", batches: int) -> None:
     end = f"step {steps:,}, the last of the run: the first validation would be after step {first:,}"
     is_share = name == "val_check_interval" and isinstance(interval, float)  # of an epoch, as by default
     check_setting(f"trainer.{name}", getattr(trainer, name), is_share, f"a validation by {end}")
-    for callback in trainers.callbacks_of(trainer):
-        if isinstance(callback, callbacks.EarlyStopping) and callback.monitor.startswith("val_"):
-            message = f"{type(callback).__name__} waits for {callback.monitor}, and there is no validation by {end}."
-            raise UserError(f"{message} Set trainer.val_check_interval, or leave it out.", "trainer.callbacks")
+    _reject_waiting(trainer, f"there is no validation by {end}. Set trainer.val_check_interval")
     trainers.say_once(f"The validation rows are not used: no validation by {end}.")
 
 
@@ -250,10 +251,14 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
     finally:
         restore_generators(generators)
     for name, alone in sums[0].items():
-        together, is_exact = sums[1].get(name, math.nan), name in ("loss", "labelled_tokens") and is_packed(batch)
-        error = abs(together - 2 * alone)
-        is_fault = abs(together - alone) < (_MAX_ROUNDING * abs(alone) if draws else error)
-        if is_fault or (is_exact and not draws and error > _MAX_ROUNDING * max(abs(2 * alone), 1.0)):
+        together = sums[1].get(name, math.nan)
+        error, from_alone = abs(together - 2 * alone), abs(together - alone)
+        is_exact = name in ("loss", "labelled_tokens") and is_packed(batch)
+        if draws:
+            is_fault = from_alone < _MAX_ROUNDING * abs(alone)
+        else:
+            is_fault = from_alone < error or (is_exact and error > _MAX_ROUNDING * max(abs(2 * alone), 1.0))
+        if is_fault:
             quantity = {"loss": "loss_sum", "labelled_tokens": "count"}.get(name, f"metrics.{name}")
             trainers.say_once(
                 f"Warning: compute_loss of {type(module).__name__} returns no sums. The {quantity} of a row is "

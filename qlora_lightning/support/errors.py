@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
@@ -54,9 +55,15 @@ def explaining(message: str, key: str = "") -> Iterator[None]:
     try:
         yield
     except (Exception, OutOfTime) as error:
-        if isinstance(error, UserError) or (not (cost := _describe_cost(error)) and is_out_of_memory(error)):
-            raise
-        raise UserError(f"{message} ({cost or describe_error(error)}).", key) from error
+        _explain(error, message, key, any_error=True)
+
+
+def _explain(error: BaseException, message: str, key: str, any_error: bool) -> NoReturn:
+    """Raise an error as a UserError: of what costs too much in a bounded block, or any but an own and of memory."""
+    cost = _describe_cost(error)
+    if isinstance(error, UserError) or not (cost or (any_error and not is_out_of_memory(error))):
+        raise error
+    raise UserError(f"{message} ({cost or describe_error(error)}).", key) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -121,9 +128,7 @@ def bounded(message: str, key: str, *, timed: bool = True, explains: bool = Fals
                 signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_REAL, *timer)
     except (Exception, OutOfTime) as error:
-        if isinstance(error, UserError) or not ((cost := _describe_cost(error)) or explains):
-            raise
-        raise UserError(f"{message} ({cost or describe_error(error)}).", key) from error
+        _explain(error, message, key, any_error=explains)
     finally:
         with _lock:
             _n_bounded -= 1

@@ -193,6 +193,16 @@ def test_a_wrapper_without_a_text_model_of_its_own_is_rejected(tmp_path):
         open_text_config(tmp_path, "a base")
 
 
+def test_a_wrapper_of_too_many_layers_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_lightning.support.errors.MOST_SECONDS", 1)
+    families.save_wrapper(tmp_path, "gemma3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with rejects("base.config", "config.json", "it takes more than 1 seconds"):
+        open_text_config(tmp_path, "a base")
+
+
 def test_a_wrapper_that_leaves_out_what_its_text_does_to_logits_is_rejected(tmp_path):
     families.save_wrapper(tmp_path, "gemma3")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -244,7 +244,7 @@ def attend_per_sample(
 ) -> Tensor:
     """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`attend`."""
     if query.is_cuda:  # kernels of older GPUs, and those with a mask, take no grouped heads
-        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+        key, value = _repeat_heads(query, key, value)
     lengths = [end - start for start, end in itertools.pairwise(sequences.bounds)]
     outputs, window = [], options.sliding_window
     for sample in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
@@ -323,7 +323,7 @@ class EfficientAttention(torch.autograd.Function):
     ) -> Tensor:
         bounds, longest = sequences.cu_seqlens, sequences.longest
         ctx.arguments, ctx.scaling = (bounds, bounds, longest, longest), scaling
-        states = (query.unsqueeze(0), *_repeat_heads(query, key, value))
+        states = (each.unsqueeze(0) for each in (query, *_repeat_heads(query, key, value)))
         attend = torch.ops.aten._efficient_attention_forward.default
         attn_out, lse, *ctx.random, _, _ = attend(*states, None, *ctx.arguments, 0.0, _CAUSAL, True, scale=scaling)
         ctx.save_for_backward(query, key, value, attn_out, lse)
@@ -333,7 +333,7 @@ class EfficientAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, attn_out, lse = ctx.saved_tensors
-        states = (query.unsqueeze(0), *_repeat_heads(query, key, value))
+        states = (each.unsqueeze(0) for each in (query, *_repeat_heads(query, key, value)))
         outputs = (attn_out, *ctx.arguments, lse, 0.0, *ctx.random, _CAUSAL, False)
         backward, options = torch.ops.aten._efficient_attention_backward.default, {"num_splits_key": 1}
         grads = backward(grad.contiguous().unsqueeze(0), *states, None, *outputs, scale=ctx.scaling, **options)
@@ -346,8 +346,8 @@ _CAUSAL = 1  # of each sample: a query sees the keys up to its own
 
 
 def _repeat_heads(query: Tensor, *states: Tensor) -> list[Tensor]:
-    """Repeat keys or values ``(tokens, kv_heads, …)`` for each head of queries: ``(1, tokens, heads, …)``."""
-    return [each.repeat_interleave(query.shape[1] // each.shape[1], dim=1).unsqueeze(0) for each in states]
+    """Repeat keys or values ``(tokens, kv_heads, …)`` for each head of queries: ``(tokens, heads, …)``."""
+    return [each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in states]
 
 
 class VarlenAttention(torch.autograd.Function):

@@ -67,8 +67,8 @@ def loss_and_gradients(module, batch=None):
     sums = module.compute_loss(to_device(make_batch() if batch is None else batch, module.device))
     trainable = list(trainable_tensors(module).values())
     options = {"allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(sums.loss_sum * module.precision.loss_scale, trainable, **options)
-    flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.precision.loss_scale
+    gradients = torch.autograd.grad(sums.loss_sum * module.loss_scale.value, trainable, **options)
+    flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.loss_scale.value
     return float(sums.loss_sum.detach() / sums.count), flat
 
 

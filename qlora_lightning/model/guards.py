@@ -25,6 +25,7 @@ from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generat
 from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.self_check import check_device
 from qlora_lightning.model.sharded import ShardedDDPStrategy
+from qlora_lightning.model.step.accumulate import LossScale
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
 from qlora_lightning.model.step.optimizer import check_warmup, ends_low, needs_end
@@ -323,6 +324,7 @@ class TrainingGuard(Callback):
         self._last_loss: float | None = None  # of the step before, if this process took it
         self._sanity_loss: float | None = None  # of the validation before the first step, until that
         self._fills = _deterministic.fill_uninitialized_memory  # torch's switch, before the run
+        self._told_skip = False
         self._empty_steps: int | None = 0  # without a counted token, since the fit began; None: one has had some
 
     def check_step(
@@ -334,6 +336,7 @@ class TrainingGuard(Callback):
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Stop the run if the mean ``loss`` or ``grad_norm`` is not finite; return all on the host, for the log.
 
+        In fp16 a step whose gradient alone is not finite is skipped: it has no gradients then, and no ``grad_norm``.
         They are over all ranks, which therefore decide alike. In a step of a dense base in 4 bits the host waits for a
         GPU only here; a mixture makes it wait in each layer too, and int8 in each linear.
         """
@@ -346,6 +349,10 @@ class TrainingGuard(Callback):
         if self not in trainers.callbacks_of(trainer):
             # Lightning's search for a learning rate runs without callbacks, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bool(not_finite)
+        elif "loss" not in not_finite and pl_module.loss_scale.skips_step(not not_finite):
+            optimizer.zero_grad()  # torch's optimizers change nothing that has no gradient
+            del host_means["grad_norm"]
+            self._report_skip(pl_module)
         elif not_finite:
             self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
         elif self.checks_due and host_totals["labelled_tokens"]:  # without labels zero gradients are right
@@ -353,6 +360,15 @@ class TrainingGuard(Callback):
         self._last_loss = float(host_means["loss"])
         self._compare_with_validation(self._last_loss)
         return host_means, host_totals
+
+    def _report_skip(self, pl_module: "QLoRAModule") -> None:
+        if not self._told_skip:
+            trainers.say_once(
+                f"The gradient of step {pl_module.global_step} is NaN or infinite in fp16: the step is skipped, and "
+                f"loss_scale is {pl_module.loss_scale.value:g} from now on. Later steps are skipped without a message; "
+                f"{LossScale.MOST_SKIPPED} in a row stop the run."
+            )
+        self._told_skip = True
 
     def _check_count(self, count: float) -> None:
         """Reject a count that divides no sum, and a fit whose first steps count nothing: it would learn nothing."""

@@ -51,9 +51,9 @@ class QLoRAModule(lightning.LightningModule):
     ``step/loss.py``) and its gradient.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step), ``train_perplexity``, ``train_token_accuracy``
-    and ``grad_norm`` (before clipping) per optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``
-    per validation, ``test_…`` likewise. Another ``compute_loss`` has its own ``metrics`` in place of perplexity and
-    accuracy.
+    and ``grad_norm`` (before clipping) per optimizer step, in fp16 also ``loss_scale``; ``val_loss``,
+    ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise. Another ``compute_loss`` has its
+    own ``metrics`` in place of perplexity and accuracy.
 
     Args:
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
@@ -96,6 +96,7 @@ class QLoRAModule(lightning.LightningModule):
             ``set_adapter(name)`` choose whose losses and answers are computed.
         identity: What the adapter belongs to: the base's name, fingerprint and quantization, its own shape.
         window: The accumulation window in progress.
+        loss_scale: The factor of the loss in backward.
         sharded_base: What the base becomes under ``trainer.strategy: ddp_sharded``, else ``None``.
         precision: In which dtypes the model computes.
         pairs: Whether the module learns from preferences, as :class:`PreferenceModule` does.
@@ -160,7 +161,7 @@ class QLoRAModule(lightning.LightningModule):
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.precision = select.Precision()
         self.is_stochastic = True
-        self.window = accumulate.Window()
+        self.window, self.loss_scale = accumulate.Window(), accumulate.LossScale()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guards.TrainingGuard()
         self.statistics = losses.TokenStatistics()
@@ -295,6 +296,7 @@ class QLoRAModule(lightning.LightningModule):
         """Choose the precision now: inside evaluations PEFT switches off what trains."""
         dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
         self.precision = select.choose_precision(self.causal_lm, self.choose_layers(), dtype)
+        self.loss_scale.is_used = dtype == torch.float16
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -397,7 +399,7 @@ class QLoRAModule(lightning.LightningModule):
                 "tensor or a number: expected a sum that depends on the adapters.",
                 "loss.gradient",
             )
-        (sums.loss_sum * self.precision.loss_scale).backward()  # type: ignore[no-untyped-call]
+        (sums.loss_sum * self.loss_scale.value).backward()  # type: ignore[no-untyped-call]
         return sums.detach()  # the graph has casts of the adapters
 
     def sum_loss(self, micro_batch: Any) -> losses.LossSums:
@@ -453,15 +455,21 @@ class QLoRAModule(lightning.LightningModule):
         """Turn the window's gradients into those of its mean loss over all ranks, check and log them."""
         means, totals = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
-            factor=1 / self.precision.loss_scale,
+            factor=1 / self.loss_scale.value,
             over_ranks=self.trainer.world_size > 1,
         )
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         step = {
-            "grad_norm": means.pop("grad_norm"),
+            **(
+                {"grad_norm": means.pop("grad_norm")} if "grad_norm" in means else {}
+            ),  # of a skipped step there is none
             "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
             "micro_batches": torch.tensor(float(self.window.micro_batches)),
         }
+        if "grad_norm" in means:  # a skipped step has none
+            step["grad_norm"] = means.pop("grad_norm")
+        if self.loss_scale.is_used:
+            step["loss_scale"] = torch.tensor(self.loss_scale.value)
         self.log_means("train", means)
         self.log_dict(step)
         self.window.clear()

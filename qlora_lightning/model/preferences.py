@@ -110,11 +110,14 @@ class PreferenceModule(_ByObjective, QLoRAModule):
                 "model.objective",
             )
         n_answers = n_answers_of(micro_batch)
+        references = None
+        if self._has_reference:  # first, while no activations of the pass that trains are kept
+            references = self.reference_log_probs(micro_batch)[:n_answers].view(-1, 2)
         log_probs = self.log_probs(micro_batch)[:n_answers].view(-1, 2)  # (pairs, 2)
         counts = torch.tensor(micro_batch.counts[:n_answers]).view(-1, 2).to(self.device, non_blocking=True)
         mean_log_probs = log_probs / counts  # per token
-        if self._has_reference:
-            ratios = log_probs - self.reference_log_probs(micro_batch)[:n_answers].view(-1, 2)
+        if references is not None:
+            ratios = log_probs - references
             rewards = self.beta * ratios
             scores = ratios / counts if self.objective == "ipo" else rewards
         else:

@@ -28,7 +28,7 @@ from qlora_lightning.support.errors import UserError
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
 
-_BYTE = torch.float8_e4m3fn  # dtype in which packed bytes are gathered: FSDP2 of torch 2.11 takes floating dtypes only
+_BYTE = torch.float8_e4m3fn  # dtype in which packed bytes are gathered: FSDP2 of torch 2.11 took floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # a process's next collective pass: the smallest of all processes runs first
 
 
@@ -143,7 +143,7 @@ class ShardedBase:
 
 def _reset_pass_order(root: Any, *_: Any) -> None:
     """Clear the order of a pass without backward, which FSDP2 would keep until the next backward."""
-    if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):  # torch 2.11 and 2.12 have nothing public
+    if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):  # torch 2.12 has nothing public
         root.reset_iter_state()
 
 

@@ -194,11 +194,7 @@ def memory(folder):
         choice = {"gradient_checkpointing__enabled": enabled, "gradient_checkpointing__offload": offload}
         choice |= {"model__compute_dtype": dtype}
         options = settings | choice | {"data__shuffle": "false", "data__batch_size": 1 + tokens // 1024}
-        run("plan", **options, json=folder / f"{name}.json")
-        run("fit", **options, trainer__default_root_dir=folder / name)
-        plan = json.loads((folder / f"{name}.json").read_text())["memory"]
-        peak = max(read_gib(folder / name, "peak"))
-        found[name] = [peak * 2**30, plan["peak_bytes"] - plan["parts"]["context"]]  # which is not torch's
+        found[name] = peak_and_plan(folder / name, options)
     lengths = torch.randint(50, 1500, (60 * 16,), generator=torch.Generator().manual_seed(0))
     write_rows(rows, tokens_of(lengths.tolist()))
     leave(8 << 30)
@@ -208,17 +204,32 @@ def memory(folder):
     return found | {"retries": torch.cuda.memory_stats()["num_alloc_retries"]}
 
 
-def int8(folder):
-    """Plan checkpointed steps of an int8 base of Llama-3.1-8B's width, and take them."""
-    base, rows = save_wide(folder / "base", 8), write_rows(folder / "rows.jsonl", tokens_of(8 * [1024]))
-    settings = {"model__base": base, "model__quantization": "int8", "model__cache": "false", "data__train": rows}
-    settings |= {"data__format": "tokens", "data__val_fraction": "null", "data__batch_size": 4}
-    settings |= {"gradient_checkpointing__enabled": "true", "gradient_checkpointing__offload": "false"}
-    settings |= {"trainer__log_every_n_steps": 1}
+def peak_and_plan(folder, settings):
+    """Plan steps, and take them; return both numbers of bytes."""
+    folder.mkdir(exist_ok=True)
     run("plan", **settings, json=folder / "plan.json")
     run("fit", **settings, trainer__default_root_dir=folder / "run")
     plan = json.loads((folder / "plan.json").read_text())["memory"]
-    return [max(read_gib(folder / "run", "peak")) * 2**30, plan["peak_bytes"] - plan["parts"]["context"]]
+    peak = max(read_gib(folder / "run", "peak"))
+    return [peak * 2**30, plan["peak_bytes"] - plan["parts"]["context"]]  # which is not torch's
+
+
+def kinds(folder):
+    """Plan steps of an int8 base of Llama-3.1-8B's width, and of pairs with a reference, and take them."""
+    base, rows = save_wide(folder / "base", 8, 128_256), write_rows(folder / "rows.jsonl", tokens_of(8 * [1024]))
+    plain = {"model__base": base, "model__cache": "false", "trainer__log_every_n_steps": 1, "data__batch_size": 4}
+    plain |= {"data__val_fraction": "null", "gradient_checkpointing__enabled": "false"}
+    checkpointed = plain | {"gradient_checkpointing__enabled": "true", "gradient_checkpointing__offload": "false"}
+    found, rows_of_tokens = {}, {"data__train": rows, "data__format": "tokens"}
+    for name, settings in {"plain": plain, "checkpointed": checkpointed}.items():
+        settings = settings | rows_of_tokens | {"model__quantization": "int8"}
+        found[f"int8 {name}"] = peak_and_plan(folder / f"int8-{name}", settings)
+    answers = {"chosen": "1 2 3 " * 80, "rejected": "No. " * 80}
+    pairs = [{"prompt": f"Count to {n}.", **answers} for n in range(8)]
+    kinds = {"model": "qlora_lightning.PreferenceModule", "data": "qlora_lightning.PreferenceDataModule"}
+    settings = plain | kinds | {"data__train": write_rows(folder / "pairs.jsonl", pairs), "evaluation": "null"}
+    found["dpo"] = peak_and_plan(folder / "dpo", settings)
+    return found
 
 
 def read_gib(run_folder, name):

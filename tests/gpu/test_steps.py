@@ -25,7 +25,7 @@ def test_fused_layers_err_no_more_than_the_plain_ones(base, quantization, dtype)
     batch, options = sharing_batch(), {"quantization": quantization, "compute_dtype": dtype}
     exact_loss, exact = loss_and_gradients(make_module(base, "cpu", fast=False, quantization=quantization), batch)
     module, plain = (make_module(base, fast=fast, **options) for fast in (True, False))
-    assert (module.precision.loss_scale > 1) == (dtype == "fp16")
+    assert (module.loss_scale.value > 1) == (dtype == "fp16")
     loss, gradients = loss_and_gradients(module, batch)
     plain_loss, plain_gradients = loss_and_gradients(plain, batch)
     if dtype == "fp32":

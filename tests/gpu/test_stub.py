@@ -87,9 +87,11 @@ def test_steps_take_the_memory_that_is_planned_and_ragged_ones_fit_at_once(on_ca
     assert sorted(peaks) != peaks  # each is of its own step
 
 
-def test_checkpointed_int8_layers_keep_no_input(on_card):
-    (peak, planned), _ = on_card("int8", 80, 24, **EXPANDABLE)
-    assert peak < planned
+def test_the_peak_of_an_int8_base_and_of_preferences_is_what_was_planned(on_card):
+    found, _ = on_card("kinds", 80, 24, **EXPANDABLE)
+    assert set(found) == {"int8 plain", "int8 checkpointed", "dpo"}
+    for peak, planned in found.values():
+        assert 0.97 * planned < peak < planned
 
 
 def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):

@@ -1,6 +1,7 @@
 """A run that would train on for nothing is stopped: by losses, gradients, token ids."""
 
 import contextlib
+import itertools
 import math
 
 import lightning
@@ -15,22 +16,23 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import AdapterCheckpoint, LossSums, MetricsLogger, QLoRAModule, load_base
+from qlora_lightning.report import read_metrics
 from tests.errors import MachineFailed, rejects
 from tests.packed import collate
 from tests.steps import fit, make_module, trainable_tensors
 
 
 class Spoilt(QLoRAModule):
-    """The loss of steps, or the gradient of a step is not finite."""
+    """The loss or the gradient of some steps is not finite."""
 
-    def __init__(self, base, steps=(), gradient_step=None, **settings):
+    def __init__(self, base, steps=(), gradient_steps=(), **settings):
         super().__init__(base, **settings)
-        self.steps, self.gradient_step = steps, gradient_step
+        self.steps, self.gradient_steps = steps, gradient_steps
 
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
         nll = sums.loss_sum * math.inf if self.trainer.global_step in self.steps else sums.loss_sum
-        if self.trainer.global_step == self.gradient_step:
+        if self.trainer.global_step in self.gradient_steps:
             nll.register_hook(lambda gradient: gradient * math.nan)
         return LossSums(nll, sums.count, sums.metrics)
 
@@ -307,7 +309,8 @@ def test_an_optimizer_that_computes_the_loss_several_times_trains_on_single_batc
 
 
 @pytest.mark.parametrize(
-    ("fault", "what", "dtype"), [({"steps": [2]}, "loss", "fp32"), ({"gradient_step": 2}, "gradient", "fp16")]
+    ("fault", "what", "dtype"),
+    [({"steps": [2]}, "loss", "fp32"), ({"gradient_steps": [2]}, "gradient", "fp32"), ({"steps": [2]}, "loss", "fp16")],
 )
 def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_and_rows(train, rows_file, fault, what, dtype):
     with rejects(f"{what}.not_finite", "step 2", "rate 0.01") as stop:
@@ -317,6 +320,47 @@ def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_and_rows(train, r
     assert ", ".join(f"{rows_file}:{row + 1}" for row in diary.rows[2]) in message
     assert ("model.compute_dtype" in message) is (dtype == "fp16")
     assert all(tensor.isfinite().all() for tensor in train.module.state_dict().values())
+
+
+class KeepsAdapters(Callback):
+    """Keeps copies of what trains before the first step, and after each; writes a checkpoint at step 4."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_start(self, trainer, pl_module):
+        self.copies = [trainable_copies(pl_module)]
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if len(self.copies) < trainer.global_step + 1:
+            self.copies.append(trainable_copies(pl_module))
+        if trainer.global_step == 4 and not self.file.exists():
+            trainer.save_checkpoint(self.file)
+
+
+def trainable_copies(module):
+    return torch.cat([tensor.detach().flatten().clone() for tensor in trainable_tensors(module).values()])
+
+
+def test_in_fp16_a_step_whose_gradient_is_not_finite_is_skipped_at_half_the_scale(train, capsys, tmp_path):
+    options = {"max_epochs": 2, "log_every_n_steps": 1, "logger": MetricsLogger(tmp_path / "log")}
+    spoilt = {"gradient_steps": [2, 5], "compute_dtype": "fp16"}
+    train(Spoilt, kept := KeepsAdapters(tmp_path / "step-4.ckpt"), trainer_options=options, **spoilt)
+    moved = [not torch.equal(one, other) for one, other in itertools.pairwise(kept.copies)]
+    assert moved == [True, True, False, True, True, False, True, True]
+    assert capsys.readouterr().out.count("step is skipped") == 1
+    scales = [value for _, value in read_metrics(tmp_path / "log" / "metrics.csv")["loss_scale"]]
+    assert scales == [32.0, 32.0, 16.0, 16.0, 16.0, 8.0, 8.0, 8.0]
+    last = kept.copies[-1]
+    train(Spoilt, kept, trainer_options=options | {"ckpt_path": tmp_path / "step-4.ckpt"}, **spoilt)
+    assert torch.equal(kept.copies[-1], last)
+    assert train.module.loss_scale.value == 8.0
+
+
+def test_ten_skipped_steps_in_a_row_stop_the_run(train):
+    with rejects("gradient.not_finite", "step 10", "model.compute_dtype"):
+        train(Spoilt, gradient_steps=range(1, 20), compute_dtype="fp16", trainer_options={"max_epochs": 4})
+    assert train.module.loss_scale.value == 1 / 32
 
 
 class SpoiltValidation(QLoRAModule):

@@ -20,7 +20,7 @@ from tests.steps import distance, fit, loss_and_gradients, make_batch, make_modu
 
 def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny_base):
     exact, half = (make_module(tiny_base, compute_dtype=dtype) for dtype in ("fp32", "fp16"))
-    assert (exact.precision.loss_scale, half.precision.loss_scale) == (1.0, 32.0)
+    assert (exact.loss_scale.value, half.loss_scale.value) == (1.0, 32.0)
     of_exact, of_half = (loss_and_gradients(module)[1] for module in (exact, half))
     assert distance(of_half, of_exact) <= 0.05
 

@@ -124,7 +124,7 @@ def test_the_limit_of_a_container_counts_without_the_files_that_it_has_cached(tm
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_int8_linears_give_the_bits_of_bitsandbytes(tiny_base, dtype):
-    module = make_module(tiny_base, quantization="int8", compute_dtype=dtype)
+    module = make_module(tiny_base, quantization="int8", compute_dtype=dtype, dropout=1e-9)  # PEFT's layers around them
     loss, gradients = loss_and_gradients(module)
     ours = [each for each in module.modules() if isinstance(each, FusedInt8Linear)]
     assert len(ours) == 2 * 7  # layers × linears
@@ -133,3 +133,23 @@ def test_int8_linears_give_the_bits_of_bitsandbytes(tiny_base, dtype):
     plain_loss, plain_gradients = loss_and_gradients(module)
     assert loss == plain_loss
     assert torch.equal(gradients, plain_gradients)
+
+
+def test_layers_of_an_int8_base_run_fused_as_those_of_peft(tiny_base):
+    fused, plain = (make_module(tiny_base, quantization="int8", fast=fast) for fast in (True, False))
+    assert not any(fused.choose_layers().layers.values())
+    (loss, gradients), (plain_loss, plain_gradients) = map(loss_and_gradients, (fused, plain))
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    assert distance(gradients, plain_gradients) < 1e-5
+
+
+def test_an_int8_linear_without_outliers_takes_states_beyond_float16(tiny_base):
+    module = make_module(tiny_base, quantization="int8", compute_dtype="bf16")
+    linear = next(each for each in module.modules() if isinstance(each, FusedInt8Linear))
+    linear.state.threshold, linear.training = 0.0, False  # as on a GPU, where inputs are cast to float16
+    x = torch.zeros(2, linear.in_features, dtype=torch.bfloat16)
+    x[0, 0], x[1, 1] = 100_000.0, 1.0
+    outputs = linear(x)
+    assert outputs.isfinite().all()
+    weight = linear.weight[:, 0] * linear.state.SCB / 127
+    torch.testing.assert_close(outputs[0].float(), 65_280 * weight, rtol=0.02, atol=1e-3)

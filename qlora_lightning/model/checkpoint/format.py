@@ -28,6 +28,7 @@ _KEYS: dict[str, Any] = {
     KEY: {
         **{"settings": dict, "optimizers": list[str], "micro_batch_size": _STATES, "generators": _STATES},
         **{"trainer": {"accumulate_grad_batches": int}, "monitored": dict, "groups": _STATES | None},
+        "loss_scale": {"value": float, "finite": int, "skipped": int},
         "identity": {"adapter": dict | None, "data": {"settings": dict | None, "samples": dict | None}},
     },
 }

@@ -51,6 +51,7 @@ class ExactResume(Callback):
             "groups": [plain_settings(group) for group in self._groups],
             "identity": {**module.identity, "data": identity_of_data(trainer)},
             "micro_batch_size": gather_lists(trainer, [module.token_budget.state_dict()]),
+            "loss_scale": module.loss_scale.state_dict(),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
             "before_validation": ends_batch and validation_follows(trainer),
@@ -70,9 +71,10 @@ class ExactResume(Callback):
         _check_samples(trainer, stored_data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(stored_data.get("settings", {}), identity.get("settings", {}), "data")
-        token_budget: Any = pl_module.token_budget
+        module = cast("QLoRAModule", pl_module)
+        module.loss_scale.load_state_dict(content["loss_scale"])
         budgets = content["micro_batch_size"]  # of each process that saved
-        token_budget.load_state_dict(budgets[trainer.global_rank % len(budgets)])
+        module.token_budget.load_state_dict(budgets[trainer.global_rank % len(budgets)])
         if changes:
             lines = [f"  {_show_change(change)}" for change in changes]
             say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *lines]))

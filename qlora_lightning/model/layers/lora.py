@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from qlora_lightning.model.layers.elementwise import has_kernel
 
 _FEW_ROWS = 64  # for so few, on a GPU, bitsandbytes chooses whether it multiplies by the packed or a dense weight
+_INT8_LIMIT = 65_280  # the largest number that bfloat16 and float16 have: it is infinite in neither
 
 
 class LoRALinear(NamedTuple):
@@ -68,16 +69,19 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LoRALinear, residual: Ten
 
     x is ``(n_tokens, in)``, ``xa`` is ``x Aᵀ``, ``(n_tokens, rank)``; the residual is not modified.
     """
-    output = None
+    output, product = None, None
     if xa is not None and linear.lora_B is not None:
         # The adapter's product comes first: with beta = 0 it need not read a sum.
         output = _product(xa, linear.lora_B.t(), linear.scaling)
     weight, bias = linear.base.weight, linear.base.bias
-    if x.is_cuda and x.shape[0] <= _FEW_ROWS and isinstance(weight, bnb.nn.Params4bit):
-        product: Tensor = bnb.matmul_4bit(x, weight.data, weight.quant_state)
+    if isinstance(linear.base, bnb.nn.Linear8bitLt):
+        product, bias = int8_product(x, linear.base), None
+    elif x.is_cuda and x.shape[0] <= _FEW_ROWS and isinstance(weight, bnb.nn.Params4bit):
+        product = bnb.matmul_4bit(x, weight.data, weight.quant_state)
+    if product is not None:
         output = product if output is None else output.add_(product)
     else:
-        dense = _dense(weight, x.dtype)
+        dense = _dense(linear.base, x.dtype)
         output = x @ dense.t() if output is None else output.addmm_(x, dense.t())
     if bias is not None:
         output.add_(bias.to(x.dtype))
@@ -92,7 +96,7 @@ def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, group: Linea
     """
     grad_x = None if grad_xa is None or group.lora_A is None else grad_xa @ group.lora_A
     for grad, linear in zip(grads, group.linears, strict=True):
-        weight = _dense(linear.base.weight, grad.dtype)
+        weight = _dense(linear.base, grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
         del weight  # before the next one exists
     assert grad_x is not None, "there is a linear"
@@ -124,9 +128,21 @@ def gradients_of_A(grad_xa: Tensor | None, x: Tensor, group: LinearGroup) -> lis
     return [grad if rank else None for grad, rank in zip(grads, group.ranks, strict=True)]
 
 
-def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
+def _dense(linear: Any, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a frozen linear in a dtype, ``(out, in)``."""
+    if isinstance(linear, bnb.nn.Linear8bitLt):
+        scales = linear.state.SCB.unsqueeze(1).mul(1 / 127)
+        return cast(Tensor, linear.state.CB.to(dtype, copy=True).mul_(scales))
+    weight = linear.weight
     dense = dequantize(weight.data, weight.quant_state) if isinstance(weight, bnb.nn.Params4bit) else weight.data
     return cast(Tensor, dense.to(dtype))
+
+
+def int8_product(x: Tensor, linear: Any) -> Tensor:
+    """Compute ``x Wᵀ + bias`` by bitsandbytes of an int8 linear (Dettmers et al. 2022, LLM.int8)."""
+    if not linear.state.threshold:  # else inputs above it are outliers, which are not cast to float16
+        x = x.clamp(-_INT8_LIMIT, _INT8_LIMIT)
+    return cast(Tensor, bnb.nn.Linear8bitLt.forward(linear, x))
 
 
 @has_kernel
@@ -220,7 +236,7 @@ def _fused_class(fused: Any, layer_class: Any) -> Any:
 
 
 class FusedLoRA(Fused):
-    """PEFT's LoRA over a frozen linear, dense or in 4 bits; saving, merging and switching adapters stay PEFT's."""
+    """PEFT's LoRA over a frozen linear, dense or in 4 or 8 bits; saving, merging and switching adapters stay PEFT's."""
 
     active_adapters: list[str]
 
@@ -248,22 +264,20 @@ class FusedLoRA(Fused):
 
 
 class _Int8Product(torch.autograd.Function):
-    """Compute what bitsandbytes does of a frozen int8 weight, and keep nothing for backward.
+    """Compute :func:`int8_product` of a frozen weight, and keep nothing for backward.
 
     bitsandbytes keeps the input where activation checkpointing does not see it, and reads it for a weight that trains.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: Any) -> Tensor:
-        ctx.state, ctx.dtype = linear.state, x.dtype
-        return cast(Tensor, bnb.nn.Linear8bitLt.forward(linear, x))
+        ctx.linear, ctx.dtype = linear, x.dtype
+        return int8_product(x, linear)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        scales = ctx.state.SCB.unsqueeze(1).mul(1 / 127)
-        weight = ctx.state.CB.to(ctx.dtype, copy=True).mul_(scales)
-        return grad.to(ctx.dtype) @ weight, None
+        return grad.to(ctx.dtype) @ _dense(ctx.linear, ctx.dtype), None
 
 
 class FusedInt8Linear(Fused):
@@ -275,7 +289,7 @@ class FusedInt8Linear(Fused):
         """Map ``(…, in)`` to ``(…, out)``."""
         linear: Any = self
         trains = any(param is not None and param.requires_grad for param in (linear.weight, linear.bias))
-        if self.fallback_reason is not None or trains or not x.requires_grad:
+        if self.fallback_reason is not None or trains:
             return cast(Tensor, super().forward(x))
         return cast(Tensor, _Int8Product.apply(x, self))
 
@@ -326,6 +340,8 @@ def base_linear(layer: nn.Module) -> Any:
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
     """Return the dtype of a linear's products; ``None`` if it is that of the input."""
     base = base_linear(layer)
+    if isinstance(base, bnb.nn.Linear8bitLt):
+        return None
     dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
     return dtype
 

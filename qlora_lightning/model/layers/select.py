@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from torch import nn
 from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
@@ -48,7 +49,7 @@ def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
     for name, module in list(model.named_modules()) if fused else []:
         if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == modeling:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
-        elif type(module) in (PeftLinear, PeftLinear4bit):
+        elif type(module) in (PeftLinear, PeftLinear4bit, PeftLinear8bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
         elif type(module) is bnb.nn.Linear8bitLt:
             model.set_submodule(name, FusedInt8Linear.from_layer(module))
@@ -122,14 +123,6 @@ class Precision(NamedTuple):
     autocasts_layers: bool = False
     autocasts_whole: bool = False
 
-    @property
-    def loss_scale(self) -> float:
-        """Factor of the loss in backward, divided out before a step: in fp16 small gradients would vanish.
-
-        The gradient of a sum over tokens is large already: 32 is enough, without dynamic loss scaling.
-        """
-        return 32.0 if self.dtype == torch.float16 else 1.0
-
     def autocast(self, device: torch.device, whole: bool) -> torch.autocast:
         """Return the context of a forward up to the last states, or of a ``whole`` one."""
         enabled = self.autocasts_whole if whole else self.autocasts_layers
@@ -175,15 +168,14 @@ def attention_of(config: Any) -> str | None:
 
 def _fallback_reason_of_linear(layer: Any) -> str | None:
     base, is_standard = base_linear(layer), True
-    if isinstance(base, bnb.nn.Linear8bitLt):
-        return "model.quantization is int8"
     if isinstance(layer, LoraLayer):
         if layer.lora_variant or any(layer.lora_bias.values()):
             return "model.lora_options ask for more than plain LoRA"
         if any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
             return "model.dropout is not 0"
         is_standard = isinstance(layer, FusedLoRA)
-    is_standard = is_standard and type(base) in (nn.Linear, bnb.nn.Linear4bit) and not _trains(base)
+    is_known = type(base) in (nn.Linear, bnb.nn.Linear4bit) or isinstance(base, FusedInt8Linear)
+    is_standard = is_standard and is_known and not _trains(base)
     return None if is_standard and not any(map(has_hooks, layer.children())) else _NONSTANDARD
 
 

@@ -1,5 +1,6 @@
 """Find by the formula how a step fits: how many tokens at a time, and with which checkpointing."""
 
+import gc
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,6 +94,7 @@ def plan_step(
 
 def memory_for_step(device: torch.device) -> int:
     """Read how many bytes a step may take before its base is loaded, with CUDA's context, which is in the formula."""
+    gc.collect()  # the model of an earlier run in this process is in reference cycles
     return free_bytes(device) + CONTEXT_BYTES  # the context exists already
 
 

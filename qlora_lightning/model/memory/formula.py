@@ -9,9 +9,9 @@
 
 For Llama-3.1-8B with rank 8 a layer saves 94,456 bytes a token, or with checkpointing 8,192, its input. The workspace
 of a layer is a hidden state, its output or the gradient of it, an MLP's state and a dense weight; if it is checkpointed
-also what it saves. (In a long stream, whose MLP is computed in pieces, attention's backward takes more: see
-_attention_bytes.) That of the head is three hidden states (what the last norm saves, what predicts labels, the
-gradient) and the logits of some tokens.
+also what it saves. (Of an int8 base bitsandbytes' product may take more than these. In a long stream, whose MLP is
+computed in pieces, attention's backward takes more: see _attention_bytes.) That of the head is three hidden states
+(what the last norm saves, what predicts labels, the gradient) and the logits of some tokens.
 
 Layers that do not run fused are those of transformers and PEFT, and have no formula: what they save is an estimate,
 chosen high (_plain_saved_bytes).
@@ -69,6 +69,7 @@ class StepMemory:
             gate and up of :data:`PIECE_TOKENS` tokens at a time.
         attention: Bytes of a token in the backward of attention, beside what is saved; 0 if layers do not run fused.
         dense: Bytes of the largest quantized weight, dequantized for a product.
+        int8: Bytes of a token in the largest int8 product: int8 input, sums in int32 and in float16, and the output.
         gathered: Bytes of a sharded base that are gathered at a time: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
     """
@@ -84,6 +85,7 @@ class StepMemory:
     is_fused: bool
     attention: int
     dense: int
+    int8: int
     gathered: tuple[int, int]
     host_base: int
 
@@ -93,7 +95,7 @@ class StepMemory:
         saved_per_layer = saved if not choice.checkpointed else 0 if choice.offload else hidden
         mlp_tokens = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.is_fused else tokens
         states = 1 if self.is_fused else _PLAIN_MLP_STATES
-        mlp_workspace = hidden + states * mlp_tokens * self.mlp + self.dense
+        mlp_workspace = hidden + max(states * mlp_tokens * self.mlp + self.dense, mlp_tokens * self.int8)
         attention_workspace = tokens * (self.attention - 2 * self.mlp)  # gate and up are no longer saved
         if choice.checkpointed:  # of the MLP's other pieces it has no gate and up, but the gradient
             mlp_workspace -= (tokens - mlp_tokens) * (2 * self.mlp - self.hidden)
@@ -149,7 +151,7 @@ def build_step_memory(
     dense += max((math.prod(module.shape) // 64 * FLOAT // dtype.itemsize for module in experts), default=0)  # scales
     # an MLP's state, and those of all of a token's experts
     mlp = max([*map(max, sizes), *(experts_per_token(causal_lm.config) * max(module.shape[1:]) for module in experts)])
-    is_quantized = bool(linears) or any(isinstance(module, bnb.nn.Linear8bitLt) for module in layers[-1].modules())
+    in_int8 = [linear_sizes(module) for module in layers[-1].modules() if isinstance(module, bnb.nn.Linear8bitLt)]
     head = lm_head_of(causal_lm)
     vocabulary = len(causal_lm.get_output_embeddings().weight)
     # a frozen head's gradient overwrites its logits; else autograd has these in float32, their log-softmax, and both's
@@ -165,7 +167,8 @@ def build_step_memory(
         mlp=mlp * dtype.itemsize,
         is_fused=_is_fused(layers[-1]),
         attention=_attention_bytes(layers[-1], dtype, row_tokens) if _is_fused(layers[-1]) else 0,
-        dense=dense * dtype.itemsize if is_quantized else 0,
+        dense=dense * dtype.itemsize if linears or in_int8 else 0,
+        int8=max((inputs + outputs * (4 + 2 + dtype.itemsize) for inputs, outputs in in_int8), default=0),
         gathered=gathered,
         host_base=host_base,
     )

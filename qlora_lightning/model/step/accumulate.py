@@ -26,6 +26,51 @@ class OutOfMemory(Exception):
         self.part, self.reason = part, reason
 
 
+class LossScale:
+    """The factor of the loss in backward, divided out before a step: in fp16 small gradients would vanish.
+
+    The gradient of a sum over tokens is large already: 32 is enough to begin with. If the gradient of a step is not
+    finite, that step is skipped and the factor halved; after many finite steps it is doubled again. So does torch's
+    GradScaler, but reading its factor is another wait for the GPU, and it takes the step, which here Lightning takes.
+
+    Attributes:
+        is_used: Whether products are in fp16; else the factor is 1, and no step is skipped.
+    """
+
+    _FIRST, _LOWEST = 32.0, 1 / 32
+    _FINITE_STEPS = 2000  # in a row, until it is doubled: GradScaler's growth_interval
+    MOST_SKIPPED = 10  # in a row
+
+    def __init__(self) -> None:
+        self.is_used = False
+        self._state = {"value": self._FIRST, "finite": 0, "skipped": 0}  # the last two are steps in a row
+
+    @property
+    def value(self) -> float:
+        """The current factor."""
+        return self._state["value"] if self.is_used else 1.0
+
+    def skips_step(self, is_finite: bool) -> bool:
+        """Count a step by its gradient; return whether it is skipped, which too many in a row are not."""
+        value, finite, skipped = self._state.values()
+        if is_finite:
+            finite, skipped = finite + 1, 0
+            if finite == self._FINITE_STEPS:
+                value, finite = min(2 * value, self._FIRST), 0
+        else:
+            value, finite, skipped = max(value / 2, self._LOWEST), 0, skipped + 1
+        self._state = {"value": value, "finite": finite, "skipped": skipped}
+        return self.is_used and 0 < skipped < self.MOST_SKIPPED
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a resumed run restores."""
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what a run had found."""
+        self._state = {name: state[name] for name in self._state}
+
+
 class Window:
     """The batches of one optimizer step: the gradients of their sums, and the sums.
 

@@ -239,11 +239,14 @@ def _kernel_cases(causal_lm: Any, layer: Any, draw: _Draw) -> Iterator[tuple[Any
         yield lora.dequantize, weight.data, weight.quant_state
     if isinstance(layer, FusedDecoderLayer):
         attn = layer.self_attn
-        for norm in [layer.input_layernorm, *(getattr(attn, name) for name in ("q_norm",) if hasattr(attn, name))]:
+        norms = [(layer.input_layernorm, _ROWS)]
+        if hasattr(attn, "q_norm"):  # of a row for each head
+            norms.append((attn.q_norm, _ROWS * lora.base_linear(attn.q_proj).out_features // attn.head_dim))
+        for norm, rows in norms:
             weight, eps = norm.weight.detach(), norm.variance_epsilon
-            x, grad, residual = (draw(_ROWS, len(weight)) for _ in range(3))
+            x, grad, residual = (draw(rows, len(weight)) for _ in range(3))
             yield elementwise.rms_norm, x, weight, eps
-            inverse_rms = torch.linspace(0.5, 2.0, _ROWS, device=draw.device)[:, None]
+            inverse_rms = torch.linspace(0.5, 2.0, rows, device=draw.device)[:, None]
             yield elementwise.rms_norm_backward, grad, x, weight, inverse_rms, residual
         gate, up, grad = (draw(_ROWS, lora.base_linear(layer.mlp.gate_proj).out_features) for _ in range(3))
         yield elementwise.swiglu, gate, up

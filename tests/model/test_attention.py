@@ -74,6 +74,7 @@ def kernels_on_a_cpu():
         return scores.masked_fill(hidden, -torch.inf)
 
     def double(query, key, value):
+        assert query.dtype == key.dtype == value.dtype
         repeated = (each.double().repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
         return query.double(), *repeated
 
@@ -142,7 +143,10 @@ SHAPES = [  # samples; heads of queries, keys and values; their width
 ]
 
 
-@pytest.mark.parametrize("way", [fast, plain, ragged, efficient], ids=["loops", "plain", "ragged", "efficient"])
+WAYS = pytest.mark.parametrize("way", [fast, plain, ragged, efficient], ids=["loops", "plain", "ragged", "efficient"])
+
+
+@WAYS
 @pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, heads, width, sinks):
@@ -185,3 +189,13 @@ def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_tak
     query, key, _ = draw(20, width=32)
     found, exact = (with_gradients(way, [query, key, qkv[2]], samples=samples) for way in (fast, by_formula))
     assert errors(found, exact).max() <= 1e-6
+
+
+@WAYS
+def test_states_of_a_norm_that_trains_in_float32_are_cast_as_autocast_says(way):
+    query, key, value = draw(sum(LENGTHS), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(way, [query, key.detach().float().requires_grad_(), value], samples=MANY)
+        expected = with_gradients(way, [query, key, value], samples=MANY)
+    assert [each.dtype for each in found] == [torch.bfloat16] * 2 + [torch.float32, torch.bfloat16]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -165,17 +165,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
     Query and result are ``(n_tokens, heads, head_dim)``, key and value ``(n_tokens, kv_heads, head_dim)``.
     """
     sequences, expanded = batch.sequences, batch.sequences.expanded
-    # as SDPA chooses it: under autocast float32 parameters make some states float32
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+    # as SDPA chooses it: under autocast float32 parameters, such as a norm that trains, make some states float32
+    device = value.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (states.to(dtype) for states in (query, key, value))
     window, sinks = options.sliding_window, options.sinks
     if window is not None and window >= sequences.longest:
         window, options = None, options._replace(sliding_window=None)
     is_fused, is_plain = batch.fused and options.dropout == 0.0, window is None and sinks is None
-    takes_loops = is_fused and is_plain and has_cpu_kernel(query, key, value, dtype)
+    takes_loops = is_fused and is_plain and has_cpu_kernel(query, key, value)
     if expanded.has_shared:
         key, value = (_Expand.apply(states, expanded) for states in (key, value))
     if takes_loops:  # which compute the query of a shared token once
-        query, key, value = (states.to(dtype) for states in (query, key, value))
         return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, options.scaling))
     if expanded.has_shared:
         query = _Expand.apply(query, expanded)
@@ -189,14 +190,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
     return attn_out.index_select(0, expanded.first_expanded) if expanded.has_shared else attn_out
 
 
-def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the C++ loops take states ``(…, head_dim)`` in a dtype; bfloat16 needs a CPU with AVX512-BF16."""
+def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the C++ loops take states ``(…, head_dim)`` of one dtype; bfloat16 needs a CPU with AVX512-BF16."""
     if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":  # those of tracers have no data
         return False
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read out of bounds
         return False
-    return head_dim % 16 == 0 and head_dim <= 256 and find_function("attend", dtype) is not None
+    return head_dim % 16 == 0 and head_dim <= 256 and find_function("attend", value.dtype) is not None
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:

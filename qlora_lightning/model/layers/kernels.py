@@ -5,6 +5,7 @@ and rounds once. A kernel is compiled for each width, once for all numbers of to
 """
 # mypy: allow-untyped-decorators
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,8 +94,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     normed, inverse_rms = torch.empty_like(x), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    _launch(_rms_norm, rows, (x, weight, normed, inverse_rms), (eps, width, block), num_warps=_warps(block))
+    together = _rows_together(rows, block)
+    tensors, constants = (x, weight, normed, inverse_rms), (eps, width, block, together)
+    _launch(_rms_norm, rows // together, tensors, constants, num_warps=_warps(block * together))
     return normed, inverse_rms
+
+
+def _rows_together(rows: int, block: int) -> int:
+    """Return how many rows a program takes: up to 32 as short as a head's; all programs the same number."""
+    return math.gcd(rows, min(32, 4096 // block)) if block <= 256 else 1
 
 
 @triton.jit
@@ -106,14 +114,20 @@ def _rms_norm(
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ) -> None:
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row, columns = _rows_of_program(ROWS), tl.arange(0, BLOCK)[None, :]
     index, inside = row * WIDTH + columns, columns < WIDTH
-    x_row = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x_row * x_row) / WIDTH + EPS)
-    rounded = (x_row * inverse).to(x.dtype.element_ty).to(tl.float32)  # before the product, as in transformers
+    x_rows = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x_rows * x_rows, 1, keep_dims=True) / WIDTH + EPS)
+    rounded = (x_rows * inverse).to(x.dtype.element_ty).to(tl.float32)  # before the product, as in transformers
     tl.store(normed + index, rounded * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32), mask=inside)
     tl.store(inverse_rms + row, inverse)
+
+
+@triton.jit
+def _rows_of_program(ROWS: tl.constexpr) -> Any:
+    return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
 
 
 def rms_norm_backward(
@@ -124,7 +138,9 @@ def rms_norm_backward(
     grad_residual = None if grad_residual is None else grad_residual.contiguous()
     grad_x, (rows, width) = torch.empty_like(x), x.shape
     tensors, block = (grad, x, weight, inverse_rms, grad_residual, grad_x), triton.next_power_of_2(width)
-    _launch(_rms_norm_backward, rows, tensors, (width, block), num_warps=_warps(block))
+    together = _rows_together(rows, block)
+    options = {"num_warps": _warps(block * together)}
+    _launch(_rms_norm_backward, rows // together, tensors, (width, block, together), **options)
     return grad_x
 
 
@@ -138,14 +154,15 @@ def _rms_norm_backward(
     grad_x: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ) -> None:
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row, columns = _rows_of_program(ROWS), tl.arange(0, BLOCK)[None, :]
     index, inside = row * WIDTH + columns, columns < WIDTH
     inverse = tl.load(inverse_rms + row)
     x_hat = tl.load(x + index, mask=inside, other=0.0).to(tl.float32) * inverse
     weighted_grad = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
     weighted_grad *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    result = (weighted_grad - x_hat * (tl.sum(x_hat * weighted_grad) / WIDTH)) * inverse
+    result = (weighted_grad - x_hat * (tl.sum(x_hat * weighted_grad, 1, keep_dims=True) / WIDTH)) * inverse
     if grad_residual is not None:
         result += tl.load(grad_residual + index, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_x + index, result, mask=inside)
@@ -205,7 +222,8 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> t
     (tokens, query_heads, head_dim), key_heads = query.shape, key.shape[1]
     sizes = query_heads, key_heads, head_dim // 2
     tensors = query, key, cos, sin, rotated_query, rotated_key
-    _launch(_rotate, tokens, tensors, (*sizes, *map(triton.next_power_of_2, sizes), sign))
+    constants = (*sizes, *map(triton.next_power_of_2, sizes), sign)
+    _launch(_rotate, tokens, tensors, constants, num_warps=4 if query_heads <= 32 else 8)
     return rotated_query, rotated_key
 
 

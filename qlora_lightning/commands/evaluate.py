@@ -167,6 +167,7 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
 def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
     """Load the base with the first adapter and add the others; return PEFT's names of all."""
     from qlora_lightning.model.adapters.inject import ADAPTER
+    from qlora_lightning.model.self_check import check_device
 
     first_folder, *other_folders = adapters.values()
     module.adapter = str(first_folder)
@@ -174,6 +175,7 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
         module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
     module.configure_model()
     module.to(module.trainer.strategy.root_device)
+    check_device(module, module.trainer)
     peft_names = [ADAPTER]
     for number, folder in enumerate(other_folders, start=1):  # PEFT does not take every name of a user
         peft_names.append(f"adapter_{number}")

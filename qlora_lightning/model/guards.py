@@ -493,7 +493,7 @@ class TrainingGuard(Callback):
                 f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
                 "data.max_length to that, unless its rotary embedding reaches further."
             )
-        check_device(module)
+        check_device(module, trainer)
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())
         if module.quantization in ("nf4", "fp4") and find_callback(trainer, callbacks.ModelSummary) is not None:
@@ -525,15 +525,17 @@ class TrainingGuard(Callback):
         cast("QLoRAModule", pl_module).window.clear()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast("QLoRAModule", pl_module)
-        module.fill_own_tensors()
-        module.statistics = TokenStatistics()
+        self.on_predict_start(trainer, pl_module)
+        cast("QLoRAModule", pl_module).statistics = TokenStatistics()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_start(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        cast("QLoRAModule", pl_module).fill_own_tensors()
+        module = cast("QLoRAModule", pl_module)
+        module.fill_own_tensors()
+        if trainer.state.fn != "fit":  # which has checked it
+            check_device(module, trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_losses(cast("QLoRAModule", pl_module), "val")

@@ -1,4 +1,4 @@
-"""Compare what a device computes fused with what transformers, PEFT and torch compute, before a fit trusts it.
+"""Compare what a device computes fused with what transformers, PEFT and torch compute, before it is trusted.
 
 A kernel may be compiled wrongly for a card, or an operator of torch change its meaning. A table of cases, on random
 inputs: each kernel of Triton, attention, one decoder layer of the loaded model, and the loss, forward and backward.
@@ -7,6 +7,7 @@ Nothing is drawn from the run's generators, and the model is as it was afterward
 # mypy: allow-untyped-calls
 
 import contextlib
+import copy
 import json
 import math
 import platform
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
+from lightning import Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -93,8 +95,8 @@ def compare_paths(causal_lm: Any, dtype: torch.dtype) -> list[Comparison]:
     return compared
 
 
-def check_device(module: "QLoRAModule") -> None:
-    """Check a CUDA device before a fit uses it; what disagrees in any process runs plain in all of them.
+def check_device(module: "QLoRAModule", trainer: Trainer | None) -> None:
+    """Check a CUDA device before it is used; what disagrees in any of the Trainer's processes runs plain in all.
 
     A sharded base is not checked: its layers are whole in a pass of all processes only.
     """
@@ -110,16 +112,17 @@ def check_device(module: "QLoRAModule") -> None:
     if device.type == "cuda":  # what it took is no part of a step's peak
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    faults = gather_lists(module.trainer, faults)
+    faults = faults if trainer is None else gather_lists(trainer, faults)
     if not faults:
         return
     remedy = "torch's operations take the place of Triton's kernels"
     if any(fault.part == "kernel" for fault in faults):
         elementwise.distrust_kernels()
     if any(fault.part != "kernel" for fault in faults):
-        remedy = "the layers of PEFT and transformers train, as with model.fast: false"
+        remedy = "the layers of PEFT and transformers run, as with model.fast: false"
         module.use_plain_path()
-        module.token_budget.plan_again(module)
+        if trainer is not None and trainer.state.fn == "fit":
+            module.token_budget.plan_again(module)
     names = list(dict.fromkeys(map(str, faults)))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     say_once(
@@ -236,7 +239,7 @@ def _kernel_cases(causal_lm: Any, layer: Any, draw: _Draw) -> Iterator[tuple[Any
     """Yield each kernel that a step launches, and its arguments at the model's widths."""
     packed = [each.weight for each in layer.modules() if isinstance(each, bnb.nn.Linear4bit)]
     for weight in {each.numel(): each for each in packed}.values():
-        yield lora.dequantize, weight.data, weight.quant_state
+        yield lora.dequantize, *_last_weights(weight)
     if isinstance(layer, FusedDecoderLayer):
         attn = layer.self_attn
         norms = [(layer.input_layernorm, _ROWS)]
@@ -259,6 +262,19 @@ def _kernel_cases(causal_lm: Any, layer: Any, draw: _Draw) -> Iterator[tuple[Any
     if loss.is_frozen_linear(head := loss.lm_head_of(causal_lm)):
         vocabulary = len(cast(Any, head).weight)
         yield loss.cross_entropy, draw(9, vocabulary, std=3.0), torch.arange(9, device=draw.device), True
+
+
+def _last_weights(weight: Any) -> tuple[Tensor, QuantState]:
+    """Return the last 16 million weights of a packed one, as a row: of all, two dense copies may take 1.9 GB."""
+    state = copy.copy(weight.quant_state)
+    step = state.blocksize * (state.state2.blocksize if state.nested else 1)
+    start = max(0, state.shape.numel() - 2**24) // step * step
+    state.shape = torch.Size((1, state.shape.numel() - start))
+    state.absmax = state.absmax[start // state.blocksize :]
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+        state.state2.absmax = state.state2.absmax[start // step :]
+    return weight.data.view(torch.uint8)[start // 2 :], state
 
 
 def _attention_states(layer: FusedDecoderLayer, tokens: int, draw: _Draw) -> list[Tensor]:

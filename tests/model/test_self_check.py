@@ -9,8 +9,9 @@ import types
 
 import pytest
 import torch
+from lightning import Trainer
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model import self_check
 from qlora_lightning.model.checkpoint.resume import capture_generators
@@ -181,6 +182,26 @@ def test_if_only_kernels_disagree_torch_takes_their_place(tiny_base, rows_file, 
     assert "torch's operations take the place of Triton's kernels" in printed
     assert module.fast
     assert distrusts == [True]
+
+
+@pytest.mark.usefixtures("checked")
+def test_an_adapter_that_is_loaded_runs_plain_where_the_fused_path_has_a_fault(
+    tiny_base, rows_file, tmp_path, monkeypatch, capsys
+):
+    module, _ = train(tiny_base, tmp_path, rows_file)
+    module.save_adapter(tmp_path / "adapter")
+    main(["cache", "clear", "--kind", "checks"])
+    plant(monkeypatch, "rotary")
+    opened = QLoRAModule.from_run(tmp_path / "adapter")
+    assert not opened.fast
+    evaluate = ["evaluate", f"--adapter={tmp_path / 'adapter'}", f"--data.val={rows_file}", "--rows=2"]
+    assert main([*evaluate, "--data.batch_size=2"]) == 0
+    validated = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=tmp_path / "adapter", cache=False)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.validate(validated, InstructionDataModule(rows_file, val=rows_file, tokenizer=str(tiny_base)))
+    assert not validated.fast
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("run, as with model.fast: false") == 3
 
 
 @pytest.mark.usefixtures("checked")

@@ -9,6 +9,7 @@ import torch
 
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.load.base_model import Quantization, stored_quantization
+from qlora_lightning.model.self_check import check_device
 from qlora_lightning.sources import folders
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -106,6 +107,7 @@ def _open(kind: type[Module], folder: Path, settings: Mapping[str, Any]) -> Modu
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     module.configure_model()
     module.fill_own_tensors()
+    check_device(module, None)
     opened: Module = module.eval()
     return opened
 

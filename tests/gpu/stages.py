@@ -31,6 +31,7 @@ from tests.benchmarks.stub_step import GIB, SHAPES, prepare_ours, prepare_peft
 MOST_SECONDS = 8 * 60
 TOKENS = 4096  # of a step
 LAYERS = int(os.environ.get("STAGES_LAYERS", "32"))  # of the model that takes steps
+PROFILED = os.environ.get("STAGES_PROFILED", "CUDA")  # or CPU: a stub of a card has no CUPTI
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -95,13 +96,14 @@ def kernels() -> None:
 
 
 def profile() -> None:
-    """Print the kernels that take most of a step."""
+    """Print the kernels, or the host's operations, that take most of a step."""
     model, loss = prepare_ours("plain", TOKENS, "llama-3.1-8b", LAYERS)
     take_steps(model, loss, 3)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, PROFILED)}
     with torch.profiler.profile(activities=activities) as found:
         take_steps(model, loss, 1)
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
+    by = f"self_{PROFILED.lower()}_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=90))
 
 
 def peers() -> None:

@@ -107,10 +107,10 @@ def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
 @pytest.mark.parametrize("capability", [75, 90])
 def test_the_check_of_a_first_start_is_small_and_what_it_finds_is_planned(on_card, capability):
     found, printed = on_card("check", capability, 16, **EXPANDABLE)
-    for dtype, (launches, reads, gib) in found.items():
+    for launches, reads, gib in found.values():
         assert launches <= 800
         assert reads <= 60
-        assert gib <= (0.45 if dtype == "fp32" else 0.4)  # two dense weights
+        assert gib <= 0.4
     assert printed.count("computes something else than the libraries: layer output (1, allowed 0.06)") == 1
     healthy, faulty = (int(each.replace(",", "")) for each in re.findall(r"At most ([\d,]+) tokens go", printed))
     assert faulty < healthy
@@ -123,10 +123,10 @@ def test_many_samples_take_the_launches_of_few_on_an_old_card_and_in_fp32(on_car
 
 
 def test_the_stages_of_a_first_hour_on_a_card_run_to_their_ends(stub, tmp_path):
-    """Their figures mean nothing here. Its tests, compute-sanitizer and the profile's CUPTI take a card."""
-    variables = {"STUB_CC": "90", "STUB_MIB": str(80 << 10), "STAGES_LAYERS": "2"}
+    """Their figures mean nothing here. Tests that compare numbers, compute-sanitizer and CUPTI take a card."""
+    variables = {"STUB_CC": "90", "STUB_MIB": str(80 << 10), "STAGES_LAYERS": "2", "STAGES_PROFILED": "CPU"}
     options = {"cwd": Path(__file__).parents[2], "env": {**os.environ, **stub, **variables}, "timeout": 900}
-    names = ("machine", "check", "memory", "kernels", "peers")
+    names = ("machine", "check", "memory", "kernels", "profile", "peers")
     done = run_python("-m", "tests.gpu.stages", tmp_path, *names, **options)
     ends = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert {name for name, end in ends.items() if end.startswith("exit code 0 ")} == {*names}, done.stdout

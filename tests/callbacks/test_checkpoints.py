@@ -172,7 +172,14 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert same(read_adapter(run), adapter)
 
 
-@pytest.mark.parametrize(("folder", "hours", "stays"), [("run", -1, False), ("run", 1, True), ("new", -1, True)])
+RESUMES = [
+    ("run", -1, False),
+    pytest.param("run", 1, True, marks=pytest.mark.slow),
+    pytest.param("new", -1, True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("folder", "hours", "stays"), RESUMES)
 def test_a_resume_deletes_what_a_kill_has_left_and_nothing_else(fit, scored, tmp_path, last, folder, hours, stays):
     """Not what came after the checkpoint, which is the user's, and nothing of another folder."""
     fit(monitored(), module=scored(2.0, 1.0), val_check_interval=2, max_steps=4, limit_val_batches=1)
@@ -185,6 +192,7 @@ def test_a_resume_deletes_what_a_kill_has_left_and_nothing_else(fit, scored, tmp
     assert outranked.exists() is stays
 
 
+@pytest.mark.slow
 def test_with_another_monitor_the_ranking_starts_over(fit, scored, last, capsys):
     fit(monitored(), module=scored(1.0), **SHORT)
     fit(by_loss := AdapterCheckpoint(), **SHORT, max_epochs=2, ckpt_path=last)
@@ -215,6 +223,7 @@ def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end_and_saves_when_it_
     assert diary.text() == "save 6, save 10"
 
 
+@pytest.mark.slow
 def test_a_validation_comes_at_the_end_of_a_step_or_is_rejected_before_training(fit):
     trainer, _ = fit(accumulate_grad_batches=3, val_check_interval=4)
     assert trainer.val_check_batch == 3
@@ -222,6 +231,7 @@ def test_a_validation_comes_at_the_end_of_a_step_or_is_rejected_before_training(
         fit(accumulate_grad_batches=3, val_check_interval=4, check_val_every_n_epoch=None)
 
 
+@pytest.mark.slow
 def test_the_trainer_that_made_a_run_may_continue_it_and_no_other(fit, tmp_path):
     trainer, module = fit(AdapterCheckpoint(), **SHORT)
     before = contents(tmp_path / "run")
@@ -259,6 +269,7 @@ def monitored():
     return AdapterCheckpoint(monitor="val_score", mode="min")
 
 
+@pytest.mark.slow
 def test_other_training_samples_are_rejected_unless_meant_at_an_epochs_end(fit, make_data, more_rows, scored, last):
     fit(monitored(), module=scored(1.0))
     with rejects("data.accept_changed_data", "training samples (16 there, 20 here)"):
@@ -274,6 +285,7 @@ def test_other_training_samples_are_rejected_unless_meant_at_an_epochs_end(fit, 
         fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=3)
 
 
+@pytest.mark.slow
 def test_an_epoch_behind_a_resume_has_all_of_its_rows_in_smaller_batches_too(fit, make_data, last):
     fit(AdapterCheckpoint(), data=make_data(val=None))
     rows, data = Rows(), make_data(val=None, batch_size=1)
@@ -281,6 +293,7 @@ def test_an_epoch_behind_a_resume_has_all_of_its_rows_in_smaller_batches_too(fit
     assert {epoch: sorted(own) for epoch, own in rows.of_epoch.items()} == {1: list(range(16))}
 
 
+@pytest.mark.slow
 def test_with_other_validation_samples_the_ranking_starts_over(fit, make_data, more_rows, scored, last):
     fit(monitored(), module=scored(1.0))
     with rejects("data.accept_changed_data", "validation samples (16 there, 20 here)", "starts over"):
@@ -291,6 +304,7 @@ def test_with_other_validation_samples_the_ranking_starts_over(fit, make_data, m
     assert same(read_adapter(last.parents[1]), tensors_of(last.parents[1], "step-000016.ckpt"))
 
 
+@pytest.mark.slow
 def test_inside_an_epoch_only_validation_may_be_another(fit, make_data, more_rows, last, capsys):
     fit(AdapterCheckpoint(), max_steps=3, max_epochs=-1)
     with rejects("checkpoint.data"):

@@ -81,6 +81,7 @@ def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_tr
     assert "│ Count to 1. Please. " in text
 
 
+@pytest.mark.slow
 def test_the_card_has_what_the_hub_shows(fit, make_module, make_data, rows_file, tiny_base, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: datasets.Dataset.from_json(str(rows_file)))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: Mock(hash="", config_id=""))
@@ -119,6 +120,7 @@ def test_without_validation_or_in_a_trial_run_nothing_is_compared(fit, tmp_path,
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_score_of_an_earlier_validation_ranks_no_later_adapter(fit):
     saved = AdapterCheckpoint(monitor="val_chrf", mode="max", save_top_k=4)
     scored = Evaluation(rows=2, every_n_validations=2, max_new_tokens=2)

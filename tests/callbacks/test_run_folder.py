@@ -27,6 +27,7 @@ def test_the_config_is_in_the_folder_and_the_loggers(fit, tmp_path):
     assert "Grüße, 日本" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_saved_leaves_nothing_when_it_starts_again(fit, tmp_path):
     options = {"max_steps": 1, "limit_val_batches": 0}
     fit(RunFolder({"model": {"rank": 2}}), **options)
@@ -177,6 +178,7 @@ def test_each_row_has_its_prediction_in_order_and_a_kill_leaves_those_that_there
     assert [lines[line["row"]] for line in unfinished] == unfinished
 
 
+@pytest.mark.slow
 def test_a_kill_in_an_evaluation_leaves_the_answers_that_there_are(tiny_base, dies_at, tmp_path):
     make_run(tmp_path / "run", tiny_base)
     command = ["evaluate", "--adapter", str(tmp_path / "run/adapter"), "--out", str(tmp_path / "out")]

@@ -154,6 +154,7 @@ def test_a_signal_in_the_evaluation_after_training_keeps_what_was_trained(fit, m
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_ignored_signal_stays_ignored(fit):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:

@@ -74,6 +74,7 @@ def test_base_and_adapters_answer_beside_others_as_alone(chat):
     assert answers(BOLD, compare=["--compare"])[1] == base
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_samples_and_the_likeliest_token_alone_is_greedy(chat):
     def text(*options):
         return chat("--adapter", CALM, "--max-new-tokens", "8", *options, lines=["Hi."])

@@ -168,6 +168,7 @@ def test_calls_and_reasoning_become_text_as_templates_write_them(evaluate, tmp_p
     assert line["served"]["answer"] == f"<think>\nA die.\n</think>\n\n\n{text}"
 
 
+@pytest.mark.slow
 def test_a_key_with_a_line_break_is_not_shown(evaluate, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY[:5]}\n{KEY[5:]}\n")
     for padding in (0, 290):  # where the text of an error is cut
@@ -194,12 +195,14 @@ def test_a_request_that_fails_ends_the_others(evaluate):
     assert "500" in printed
 
 
+@pytest.mark.slow
 def test_a_server_without_a_list_of_models_is_asked_by_name(evaluate):
     with serving(lambda question: "4", models=None) as (url, requests):
         assert evaluate(url, "--served-name", "mine")[0] == 1
     assert {body["model"] for _, body in requests} == {"mine"}
 
 
+@pytest.mark.slow
 def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
     asked = [said("user", "What is 2 + 2?"), {**said("assistant", "4"), "reasoning_content": "Two pairs."}]
     long = [said("user", "Say so. " * 40), said("assistant", "So.")]

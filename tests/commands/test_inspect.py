@@ -136,6 +136,7 @@ def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(rep
     assert "\x1b" not in page
 
 
+@pytest.mark.slow
 def test_rows_of_another_split_by_place_and_length(folder):
     code, out, err = inspect("--split", "val", "--row", "val.jsonl:2", "--longest")
     assert (code, err) == (0, "")

@@ -313,7 +313,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+OFTEN = ("patterns", "tokens and norms")
+
+
+@pytest.mark.parametrize(
+    "variant", [each if each in OFTEN else pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS]
+)
 def test_a_merged_folder_computes_what_base_and_adapter_do(tiny_base, tmp_path, variant):
     base = tiny_base
     if variant == "untied":  # with a head of its own
@@ -335,6 +340,7 @@ def test_an_adapter_that_trains_a_tensor_twice_is_not_merged(tiny_base, tmp_path
     assert "The adapter trains model.layers.0.mlp.down_proj.weight twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_linear_whose_weight_is_transposed_is_merged(tiny_base, tmp_path, quantization):
     base = save_family(tmp_path / "base", "gpt2", tiny_base)

@@ -127,6 +127,7 @@ def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(
     assert found["largest_batch"]["tokens"] == 4 * 2048
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_planned_by_the_hubs_cache_else_by_a_known_shape(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

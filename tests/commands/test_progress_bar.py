@@ -25,6 +25,7 @@ def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(c
     assert not re.search(r"[\r\x1b]|it/s", written)
 
 
+@pytest.mark.slow
 def test_lines_come_as_often_as_asked(command, write_config):
     callback = {"class_path": LINES, "init_args": {"every_seconds": 0}}
     config = write_config(trainer={"callbacks": [callback], "limit_val_batches": 2})

@@ -24,6 +24,7 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
     assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the adapter before
 
 
+@pytest.mark.slow
 def test_max_steps_alone_lifts_the_limit_of_one_epoch_also_of_a_run_folders_config(command, tmp_path):
     longer = ("fit", *LAST, "--trainer.max_steps", 4, "--evaluation", "null")
     command(*longer, config=tmp_path / "run" / "config.yaml")
@@ -60,6 +61,7 @@ def test_a_moved_run_is_resumed_and_judged_where_it_is(command, tmp_path, write_
     assert "evaluates the base alone" in command("validate", config=config)
 
 
+@pytest.mark.slow
 def test_without_a_seed_the_one_that_held_rows_out_is_recorded(command, tmp_path, write_config):
     held_out = write_config(data={"val": None, "val_fraction": 0.25}, evaluation={"enabled": False})
     command("fit", *NEW, "--seed_everything", "false", "--trainer.max_steps", 1, config=held_out)

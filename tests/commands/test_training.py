@@ -174,6 +174,7 @@ class Own(QLoRAModule):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of transformers, asked by PEFT 0.21
 def test_a_subclass_with_a_build_model_of_its_own_is_trained_and_evaluated(command, write_config, tmp_path):
     (tmp_path / "own_modules.py").write_text(OWN)
@@ -191,6 +192,7 @@ def test_a_subclass_with_a_build_model_of_its_own_is_trained_and_evaluated(comma
     assert found["difference"]["value"] != 0.0
 
 
+@pytest.mark.slow
 def test_a_fit_without_a_step_fails_but_not_a_resume_that_has_nothing_left(command, tmp_path):
     no_time = ("--trainer.max_time", "00:00:00:00")
     out = command("fit", *no_time, "--trainer.default_root_dir", "new", code=1)

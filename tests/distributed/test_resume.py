@@ -62,10 +62,12 @@ KILLS = [
 # the run, and the file of it that has its name for the n-th time when the machine fails
 KILLS_IN_A_SAVE = [
     ("plain", "last.ckpt", 3),  # of a step that loggers have not got yet
-    ("plain", "last.ckpt", 2),  # of a validation, before the checkpoint of the first one is deleted
+    # of a validation, before the checkpoint of the first one is deleted
+    pytest.param("plain", "last.ckpt", 2, marks=pytest.mark.slow),
     # before the checkpoint of that adapter is written
     pytest.param("plain", "adapter_model.safetensors", 2, marks=pytest.mark.slow),
-    ("once", "step-000003.ckpt", 1),  # before there is a last one, with nothing left to train
+    # before there is a last one, with nothing left to train
+    pytest.param("once", "step-000003.ckpt", 1, marks=pytest.mark.slow),
 ]
 
 
@@ -138,6 +140,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, ste
     assert_same_end(whole(kind), run)
 
 
+@pytest.mark.slow
 def test_a_kill_between_write_and_rename_costs_nothing(runs, whole, monkeypatch):
     run, replace = runs / "resume" / "renamed", os.replace
 
@@ -185,6 +188,7 @@ def most_bytes():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(runs, whole, most_bytes, capsys):
     run = runs / "resume" / "full"
     assert main(fit("rows", run.name, at=6)) == 128 + 15

@@ -117,12 +117,15 @@ def cut(file):
 
 WRONG_FILES = [  # what is done to a good file, and the key of the error
     (lambda file: torch.save({"state_dict": Code()}, file), "checkpoint.damaged"),
+    (pathlib.Path.unlink, "checkpoint.missing"),
+]
+MORE_WRONG_FILES = [
     (lambda file: file.write_bytes(pickle.dumps({"state_dict": {}})), "checkpoint.damaged"),
     (cut, "checkpoint.damaged"),
     (lambda file: torch.save({"weight": torch.ones(1)}, file), "checkpoint.foreign"),
     (lambda file: torch.save([1], file), "checkpoint.foreign"),
-    (pathlib.Path.unlink, "checkpoint.missing"),
 ]
+WRONG_FILES += [pytest.param(*each, marks=pytest.mark.slow) for each in MORE_WRONG_FILES]
 
 
 @pytest.mark.parametrize(("change", "key"), WRONG_FILES)
@@ -157,6 +160,7 @@ class SaveAt(lightning.Callback):
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
+@pytest.mark.slow
 def test_what_was_saved_inside_an_optimizer_step_is_rejected(tiny_base, rows_file, tmp_path):
     def train(max_steps, *callbacks, ckpt_path=None):
         options = {"max_steps": max_steps, "accumulate_grad_batches": 4, "callbacks": [*callbacks]}
@@ -176,6 +180,7 @@ class FailsOnce(lightning.Callback):
             raise MachineFailed
 
 
+@pytest.mark.slow
 def test_a_module_whose_fit_ended_inside_a_step_resumes_without_its_gradients(tiny_base, rows_file, tmp_path):
     def train(module, *callbacks, ckpt_path=None):
         options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": [*callbacks]}
@@ -190,6 +195,7 @@ def test_a_module_whose_fit_ended_inside_a_step_resumes_without_its_gradients(ti
     assert same(train(module, ckpt_path=save.file), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # a resume without the ModelCheckpoint
 def test_what_was_saved_before_a_validation_that_was_due_is_rejected(tiny_base, rows_file, tmp_path):
     def train(**options):

@@ -177,6 +177,7 @@ def test_a_config_that_does_not_describe_its_experts_is_rejected(settings, key, 
         load_base(str(base))
 
 
+@pytest.mark.slow
 def test_a_base_is_never_in_16_bits_as_a_whole(tmp_path):
     sizes = {"num_hidden_layers": 8, "hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16}
     base = families.save_random(tmp_path / "base", "qwen3_moe", **sizes)

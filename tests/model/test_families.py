@@ -230,6 +230,7 @@ def test_patterns_and_saved_modules_on_a_wrapper_are_those_of_plain_peft_on_the_
     assert families.error_of_tokens(again, plain, batch) <= 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24
 def test_buffers_of_a_base_are_merged(tmp_path, tiny_base):
     base = save_family(tmp_path / "base", "glm4_moe", tiny_base)
@@ -249,6 +250,7 @@ PLAIN, EXPERTS = {"quantization": "none"}, {"target_experts": True}
 WHOLE = [("mixtral", EXPERTS if ADAPTS_EXPERTS else {}), slow("gemma3_text", PLAIN), slow("gpt_oss", EXPERTS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "options"), WHOLE)
 def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, options, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)

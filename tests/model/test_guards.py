@@ -241,6 +241,7 @@ class StopsAtOnce(Callback):
         trainer.should_stop = True
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_what_a_callback_of_lightning_shows_otherwise_is_told(train, tmp_path, capsys):
     train(trainer_options={"max_steps": 1})
@@ -259,7 +260,11 @@ def test_what_a_callback_of_lightning_shows_otherwise_is_told(train, tmp_path, c
 
 @pytest.mark.parametrize(
     ("schedule", "max_time", "says"),
-    [("cosine", {"hours": 1}, True), ("cosine", None, False), ("constant_with_warmup", {"hours": 1}, False)],
+    [
+        ("cosine", {"hours": 1}, True),
+        pytest.param("cosine", None, False, marks=pytest.mark.slow),
+        pytest.param("constant_with_warmup", {"hours": 1}, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_learning_rate_that_may_not_fall_in_time_is_told(train, capsys, schedule, max_time, says):
     train(schedule=schedule, trainer_options={"max_steps": 2, "max_time": max_time})
@@ -300,6 +305,7 @@ def test_a_module_keeps_its_dtypes(tiny_base, cast, dtype):
     module.to("cpu").float()  # changes nothing
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_computes_the_loss_several_times_trains_on_single_batches(train):
     trainer = train(optimizer="torch.optim.LBFGS", trainer_options={"accumulate_grad_batches": 1, "max_steps": 2})
     assert trainer.global_step == 2
@@ -310,7 +316,11 @@ def test_an_optimizer_that_computes_the_loss_several_times_trains_on_single_batc
 
 @pytest.mark.parametrize(
     ("fault", "what", "dtype"),
-    [({"steps": [2]}, "loss", "fp32"), ({"gradient_steps": [2]}, "gradient", "fp32"), ({"steps": [2]}, "loss", "fp16")],
+    [
+        ({"steps": [2]}, "loss", "fp32"),
+        ({"gradient_steps": [2]}, "gradient", "fp32"),
+        pytest.param({"steps": [2]}, "loss", "fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_and_rows(train, rows_file, fault, what, dtype):
     with rejects(f"{what}.not_finite", "step 2", "rate 0.01") as stop:
@@ -357,6 +367,7 @@ def test_in_fp16_a_step_whose_gradient_is_not_finite_is_skipped_at_half_the_scal
     assert train.module.loss_scale.value == 8.0
 
 
+@pytest.mark.slow
 def test_ten_skipped_steps_in_a_row_stop_the_run(train):
     with rejects("gradient.not_finite", "step 10", "model.compute_dtype"):
         train(Spoilt, gradient_steps=range(1, 20), compute_dtype="fp16", trainer_options={"max_epochs": 4})

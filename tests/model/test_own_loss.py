@@ -193,6 +193,7 @@ def test_a_first_loss_far_from_that_of_the_validation_before_it_is_reported(trai
     assert ("the validation before it, of the same weights" in capsys.readouterr().out) == (factor > 1)
 
 
+@pytest.mark.slow
 def test_perplexity_is_of_the_tokens_likelihoods_or_not_logged(train):
     def smoothed(module, batch):
         sums = QLoRAModule.compute_loss(module, batch)

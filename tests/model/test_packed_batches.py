@@ -42,6 +42,7 @@ def test_a_sample_has_the_states_that_it_has_alone_and_no_other_changes_a_bit_of
         assert torch.equal(states_by_sample(module, {**batch, "input_ids": ids})[sample], together[sample])
 
 
+@pytest.mark.slow
 def test_rows_that_would_turn_each_other_are_refused(tiny_base, rows_file, tmp_path, capsys):
     """Dynamic NTK rotary embedding scales by the longest row of a batch: here beyond 40 tokens; shorter ones train."""
     base = shutil.copytree(tiny_base, tmp_path / "dynamic")

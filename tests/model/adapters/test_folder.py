@@ -152,6 +152,7 @@ def test_a_bases_config_has_no_say_in_the_names_of_an_adapter(tiny_base, tmp_pat
     assert same(*(load_file(tmp_path / name / WEIGHTS) for name in ("plain", "renamed")))
 
 
+@pytest.mark.slow
 def test_the_model_of_the_card_stops_where_the_bases_generation_config_would_not(tiny_base, tmp_path):
     module, tokenizer = make_module(tiny_base, quantization="none"), AutoTokenizer.from_pretrained(tiny_base)
     module.save_adapter(tmp_path / "known", tokenizer)

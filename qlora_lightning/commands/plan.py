@@ -78,7 +78,7 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
     import torch
 
     from qlora_lightning.commands.fit import QLoRACLI
-    from qlora_lightning.model.activation_checkpointing import checkpointing_choices
+    from qlora_lightning.model.activation_checkpointing import GradientCheckpointing
     from qlora_lightning.model.adapters.inject import count_parameters
     from qlora_lightning.model.guards import check_trainer
     from qlora_lightning.model.load.machine import choose_compute_dtype
@@ -124,7 +124,7 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
 
     budget, usable = module.token_budget, USABLE * device["memory"]
     row_tokens = batch["longest"] if budget.is_auto else max(batch["longest"], min(budget.tokens, batch["tokens"]))
-    choices = checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
+    choices = GradientCheckpointing(**run.config["gradient_checkpointing"]).choices(on_cuda=is_cuda)
     fit = find_fits(step, usable, row_tokens, choices)[0]
     tokens = min(batch["tokens"], (fit.tokens or row_tokens) if budget.is_auto and is_cuda else budget.tokens)
     pass_tokens = max(tokens, batch["longest"])

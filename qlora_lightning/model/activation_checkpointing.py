@@ -2,28 +2,11 @@
 
 from typing import Any, Literal, NamedTuple
 
-from lightning import Callback
+from lightning import Callback, LightningModule, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.layers.attention import recompute_contexts
 from qlora_lightning.support.settings import check_arguments
-
-
-class GradientCheckpointing(Callback):
-    """Choose when layers keep only their input, and recompute their other activations in backward.
-
-    Without this callback it is ``auto``. It affects training only.
-
-    Args:
-        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
-            with ``offload`` on a GPU.
-        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
-            is the same to the last bit. On a CPU it changes nothing.
-    """
-
-    def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
-        check_arguments("gradient_checkpointing", GradientCheckpointing.__init__, locals())
-        self.enabled, self.offload = enabled, offload
 
 
 class Checkpointing(NamedTuple):
@@ -38,23 +21,53 @@ class Checkpointing(NamedTuple):
         return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
 
 
-def checkpointing_choices(
-    enabled: bool | Literal["auto"] = "auto", offload: bool = False, *, on_cuda: bool
-) -> list[Checkpointing]:
-    """Return the choices of checkpointing, in the order in which they are tried."""
-    checkpointed = [Checkpointing(True, offload and on_cuda), Checkpointing(True, on_cuda)]
-    choices = {True: checkpointed[:1], False: [Checkpointing()], "auto": [Checkpointing(), *checkpointed]}
-    return list(dict.fromkeys(choices[enabled]))
+class GradientCheckpointing(Callback):
+    """Let layers keep only their input while a fit trains, and recompute their other activations in backward.
 
+    The layers are switched when training starts, again if memory runs out in a single row, and back when it ends. The
+    module adds this callback, with ``auto``, to a Trainer that has none.
 
-def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpointing) -> None:
-    """Switch from the choice of the fit before; checkpointing that a ``build_model`` has enabled stays on."""
-    if choice.checkpointed:
-        enable_activation_checkpointing(causal_lm, choice.offload)
-    elif before.checkpointed:
-        for layer in causal_lm.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = False
+    Args:
+        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
+            with ``offload`` on a GPU.
+        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
+            is the same to the last bit. On a CPU it changes nothing.
+    """
+
+    def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
+        check_arguments("gradient_checkpointing", GradientCheckpointing.__init__, locals())
+        self.enabled, self.offload = enabled, offload
+        self._before: dict[Any, bool] = {}  # layers that are switched, and whether they were checkpointed
+
+    def choices(self, *, on_cuda: bool) -> list[Checkpointing]:
+        """Return the choices, in the order in which they are tried."""
+        checkpointed = [Checkpointing(True, self.offload and on_cuda), Checkpointing(True, on_cuda)]
+        choices = {True: checkpointed[:1], False: [Checkpointing()], "auto": [Checkpointing(), *checkpointed]}
+        return list(dict.fromkeys(choices[self.enabled]))
+
+    def switch(self, causal_lm: Any, choice: Checkpointing) -> None:
+        """Checkpoint the layers if that is the choice; what a ``build_model`` has enabled stays on without."""
+        self.switch_back()
+        if choice.checkpointed:
+            layers = [layer for layer in causal_lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+            self._before = {layer: layer.gradient_checkpointing for layer in layers}
+            enable_activation_checkpointing(causal_lm, choice.offload)
+
+    def switch_back(self) -> None:
+        """Let the layers be as they were before."""
+        for layer, was_checkpointed in self._before.items():
+            layer.gradient_checkpointing = was_checkpointed
+        self._before = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        self.switch(module.causal_lm, module.token_budget.fits[0].choice)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.switch_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.switch_back()
 
 
 def enable_activation_checkpointing(causal_lm: Any, offload: bool = False) -> None:

@@ -4,30 +4,24 @@ import contextlib
 import copy
 import inspect
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.adapters.folder import check_dtypes, check_trainable
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.model.checkpoint.format import CheckpointReader
 from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generators, restore_generators, same_generators
-from qlora_lightning.model.load.build import report_model
-from qlora_lightning.model.self_check import check_device
+from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.model.sharded import ShardedDDPStrategy
-from qlora_lightning.model.step.accumulate import LossScale
 from qlora_lightning.model.step.forward import evaluation_mode
-from qlora_lightning.model.step.loss import TokenStatistics
+from qlora_lightning.model.step.loss import reject_uncounted
 from qlora_lightning.model.step.optimizer import check_warmup, ends_low, needs_end
 from qlora_lightning.model.step.packed import (
     check_row_length,
@@ -56,7 +50,6 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall late",
     callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
-_deterministic: Any = torch.utils.deterministic
 _MAX_FACTOR = 10  # between the loss of training and validation rows
 _MAX_ROUNDING = 2e-3  # of a sum: 1e-6 if packed attention computes it, more by a model's own forward in bf16
 _MOST_EMPTY_STEPS = 3
@@ -73,14 +66,9 @@ def check_callbacks(trainer: Trainer | None) -> None:
 
 
 def check_setup(module: "QLoRAModule") -> None:
-    """Check the settings and data of a run before anything is loaded. Its checkpoint is checked when it is read."""
-    # Lightning warns of this hook beside a data module that has none of its own.
-    warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule`")
+    """Check the settings and data of a run before anything is loaded."""
     if not trainers.is_trial_run(module.trainer):  # which sets its own
         check_trainer_settings(module.trainer)
-    strategy = module.trainer.strategy
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user
-        strategy.checkpoint_io = CheckpointReader()
     data = datamodule_of(module.trainer)
     if getattr(data, "pairs", module.pairs) != module.pairs:
         raise UserError(
@@ -186,7 +174,7 @@ def check_start(module: "QLoRAModule") -> None:
                 f"module.{changed[0]}",
             )
     runs = trainer.state.fn is not None  # the model may be built for a Trainer that does not run
-    if runs and any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
+    if runs and any(find_callback(trainer, kind) is None for kind in (ExactResume, TokenBudget, TrainingGuard)):
         raise UserError(
             "The callbacks that watch over a run and resume it are missing: return "
             "`[*super().configure_callbacks(), …]` from `configure_callbacks`.",
@@ -297,22 +285,13 @@ def _sum_batch(module: "QLoRAModule", batch: Any) -> dict[str, float]:
     return {name: float(value) for name, value in sums.by_name().items()}
 
 
-def reject_uncounted(what: str) -> None:
-    """Reject steps or rows of which nothing was counted: nothing would be learned, or measured."""
-    raise UserError(
-        f"{what} counted no token: the labels of their rows are all -100, as with a wrong mask of the answers, or "
-        "compute_loss returned a count of 0.",
-        "loss.nothing_counted",
-    )
-
-
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
 
 
 class TrainingGuard(Callback):
-    """Prepare each start of a run, an epoch and a validation; check each step before it is taken, and each validation.
+    """Reject, or warn of, what breaks training: at the start of a run, before each step, and after each validation.
 
-    The module adds it in ``configure_callbacks`` and calls :meth:`check_step`.
+    It changes nothing. The module adds it in ``configure_callbacks`` and calls :meth:`check_step`.
 
     Attributes:
         checks_due: Whether the next step's gradients are checked: of the first step, and after each validation.
@@ -323,8 +302,6 @@ class TrainingGuard(Callback):
         self._zeros: list[set[str]] = []  # names of gradients of zeros, in the last steps that were checked
         self._last_loss: float | None = None  # of the step before, if this process took it
         self._sanity_loss: float | None = None  # of the validation before the first step, until that
-        self._fills = _deterministic.fill_uninitialized_memory  # torch's switch, before the run
-        self._told_skip = False
         self._empty_steps: int | None = 0  # without a counted token, since the fit began; None: one has had some
 
     def check_step(
@@ -332,43 +309,24 @@ class TrainingGuard(Callback):
         pl_module: "QLoRAModule",
         optimizer: torch.optim.Optimizer,
         means: Mapping[str, Tensor],
-        totals: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Stop the run if the mean ``loss`` or ``grad_norm`` is not finite; return all on the host, for the log.
+        totals: Mapping[str, float],
+    ) -> None:
+        """Stop the run if the mean ``loss`` or ``grad_norm`` is not finite, or tensors would never learn.
 
-        In fp16 a step whose gradient alone is not finite is skipped: it has no gradients then, and no ``grad_norm``.
-        They are over all ranks, which therefore decide alike. In a step of a dense base in 4 bits the host waits for a
-        GPU only here; a mixture makes it wait in each layer too, and int8 in each linear.
+        All are over all ranks, which therefore decide alike. A step that is skipped has no ``grad_norm``.
         """
-        trainer = pl_module.trainer
-        values = torch.stack([value.detach().double() for value in (*means.values(), *totals.values())]).cpu()
-        host_means = {name: value.float() for name, value in zip(means, values, strict=False)}
-        host_totals = dict(zip(totals, values[len(means) :].tolist(), strict=True))
-        self._check_count(host_totals["labelled_tokens"])
-        not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(host_means[name])]
-        if self not in trainers.callbacks_of(trainer):
+        self._check_count(totals["labelled_tokens"])
+        is_skipped = "grad_norm" not in means
+        not_finite = [name for name in ("loss", "grad_norm") if name in means and not math.isfinite(means[name])]
+        if self not in trainers.callbacks_of(pl_module.trainer):
             # Lightning's search for a learning rate runs without callbacks, and ends where training diverges.
-            trainer.should_stop = trainer.should_stop or bool(not_finite)
-        elif "loss" not in not_finite and pl_module.loss_scale.skips_step(not not_finite):
-            optimizer.zero_grad()  # torch's optimizers change nothing that has no gradient
-            del host_means["grad_norm"]
-            self._report_skip(pl_module)
+            pl_module.trainer.should_stop = pl_module.trainer.should_stop or bool(not_finite)
         elif not_finite:
             self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
-        elif self.checks_due and host_totals["labelled_tokens"]:  # without labels zero gradients are right
+        elif self.checks_due and totals["labelled_tokens"] and not is_skipped:  # without labels zeros are right
             self._check_gradients(trainable_tensors(pl_module), optimizer)
-        self._last_loss = float(host_means["loss"])
+        self._last_loss = float(means["loss"])
         self._compare_with_validation(self._last_loss)
-        return host_means, host_totals
-
-    def _report_skip(self, pl_module: "QLoRAModule") -> None:
-        if not self._told_skip:
-            trainers.say_once(
-                f"The gradient of step {pl_module.global_step} is NaN or infinite in fp16: the step is skipped, and "
-                f"loss_scale is {pl_module.loss_scale.value:g} from now on. Later steps are skipped without a message; "
-                f"{LossScale.MOST_SKIPPED} in a row stop the run."
-            )
-        self._told_skip = True
 
     def _check_count(self, count: float) -> None:
         """Reject a count that divides no sum, and a fit whose first steps count nothing: it would learn nothing."""
@@ -456,22 +414,12 @@ class TrainingGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = cast("QLoRAModule", pl_module)
-        trainers.leave_processes_at_exit()
         check_setup(module)
-        # under trainer.deterministic torch would fill each new tensor with NaN first, and none is read before it is set
-        self._fills, _deterministic.fill_uninitialized_memory = _deterministic.fill_uninitialized_memory, False
         if stage == "fit":
             check_monitors(trainer)
             batches = trainers.batches_of_epoch(trainer)
             if batches is not None:  # else known with the loader, after loading
                 check_length(module, batches)
-            module.token_budget.plan(module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _deterministic.fill_uninitialized_memory = self._fills
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, str(trainer.state.fn))  # which Lightning leaves out then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)
@@ -482,7 +430,6 @@ class TrainingGuard(Callback):
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",
                 "trainer.callbacks",
             )
-        module.fill_own_tensors()
         check_trainable(module, module.model)
         config, data = module.causal_lm.config, datamodule_of(trainer)
         check_row_length(config, getattr(data, "max_length", 0))
@@ -493,9 +440,6 @@ class TrainingGuard(Callback):
                 f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
                 "data.max_length to that, unless its rotary embedding reaches further."
             )
-        check_device(module, trainer)
-        module.token_budget.start(module.causal_lm)
-        report_model(module, module.choose_layers())
         if module.quantization in ("nf4", "fp4") and find_callback(trainer, callbacks.ModelSummary) is not None:
             trainers.say_once("Lightning's model summary counts the bytes of packed weights, not their parameters.")
         groups = [group for each in trainer.optimizers for group in each.param_groups]
@@ -506,12 +450,6 @@ class TrainingGuard(Callback):
         self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0
         if trainers.batches_of_epoch(trainer) is None and trainer.num_training_batches < math.inf:
             check_length(cast("QLoRAModule", pl_module), int(trainer.num_training_batches))
-        self.on_train_epoch_start(trainer, pl_module)  # which Lightning skips if it resumes inside an epoch
-        if isinstance(model := trainer.strategy.model, DistributedDataParallel):
-            # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
-            # may have different numbers, and sorts its buckets again after the first, so that a resume would round
-            # differently
-            model.require_backward_grad_sync = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step:  # also of a resume with nothing left to train
@@ -520,50 +458,13 @@ class TrainingGuard(Callback):
         reason = "trainer.max_time was over before the first: allow more" if is_timed else "a callback has stopped it"
         raise NothingTrained(f"The fit took no step: {reason}. Nothing was trained, and no adapter saved.", "fit.steps")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # an epoch, a failed fit, or a search for a learning rate may have been left inside a window
-        cast("QLoRAModule", pl_module).window.clear()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_predict_start(trainer, pl_module)
-        cast("QLoRAModule", pl_module).statistics = TokenStatistics()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_start(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast("QLoRAModule", pl_module)
-        module.fill_own_tensors()
-        if trainer.state.fn != "fit":  # which has checked it
-            check_device(module, trainer)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_losses(cast("QLoRAModule", pl_module), "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_losses(cast("QLoRAModule", pl_module), "test")
-
-    def _log_losses(self, module: "QLoRAModule", split: str) -> None:
-        """Log the means of all ranks; of a subclass's own ``validation_step``, which logs what it likes, none."""
-        trainer, fault = module.trainer, module.statistics.fault
-        if faults := trainers.gather_lists(trainer, [fault] if fault else []):  # a row did not fit into memory
-            module.statistics.fault = faults[0]
-            trainers.say_once(f"The validation at step {trainer.global_step} has no loss. {faults[0]}")
-            module.log(f"{split}_loss", torch.tensor(torch.nan), prog_bar=True, sync_dist=True)
-        elif module.statistics.sums:
-            # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
-            means = module.statistics.compute(over_ranks=trainer.world_size > 1)
-            if not module.statistics.counted:
-                reject_uncounted(f"The {split} rows")
-            self._sanity_loss = float(means["loss"]) if trainer.sanity_checking else None
-            module.log_means(split, means, sync_dist=True)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, loss = cast("QLoRAModule", pl_module), trainer.callback_metrics.get("val_loss")
+        if trainer.sanity_checking and loss is not None and module.statistics.sums:  # not of an own validation_step
+            self._sanity_loss = float(loss)
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        module = cast("QLoRAModule", pl_module)
         self.checks_due = True  # an evaluation pass may have changed what trains
-        loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and not loss.isfinite() and not module.statistics.fault:
             has_saved = (Path(trainer.default_root_dir) / CHECKPOINTS / "last.ckpt").exists()
             hint = ": `--ckpt_path last` is from before" if has_saved else ""

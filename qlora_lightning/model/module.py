@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model import answers, guards, sharded
+from qlora_lightning.model.activation_checkpointing import GradientCheckpointing
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject, trained
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
@@ -25,9 +26,12 @@ from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.memory import budget
 from qlora_lightning.model.model_types import runs_packed
+from qlora_lightning.model.self_check import SelfCheck
+from qlora_lightning.model.start import RunStart
 from qlora_lightning.model.step import accumulate, forward, layout, packed
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step import optimizer as optimizers
+from qlora_lightning.model.step.validation import ValidationLosses
 from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
 from qlora_lightning.support.errors import UserError, check_setting
@@ -172,7 +176,11 @@ class QLoRAModule(lightning.LightningModule):
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         guards.check_callbacks(trainers.trainer_of(self))
-        return [ExactResume(), self.guard]
+        trainer = trainers.trainer_of(self)
+        ours = [ExactResume(), RunStart(), self.guard, SelfCheck(), self.token_budget, build.ModelReport()]
+        ours += [self.window, ValidationLosses()]
+        has_own = trainer is not None and trainers.find_callback(trainer, GradientCheckpointing) is not None
+        return ours if has_own else [*ours, GradientCheckpointing()]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -453,16 +461,19 @@ class QLoRAModule(lightning.LightningModule):
 
     def _finish_window(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's gradients into those of its mean loss over all ranks, check and log them."""
-        means, totals = self.window.divide_gradients(
-            [parameter for group in optimizer.param_groups for parameter in group["params"]],
-            factor=1 / self.loss_scale.value,
-            over_ranks=self.trainer.world_size > 1,
+        means, self.window.totals = accumulate.to_host(
+            *self.window.divide_gradients(
+                [parameter for group in optimizer.param_groups for parameter in group["params"]],
+                factor=1 / self.loss_scale.value,
+                over_ranks=self.trainer.world_size > 1,
+            )
         )
-        means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
+        is_finite = means["grad_norm"].isfinite()
+        if means["loss"].isfinite() and self.loss_scale.skips_step(self.global_step, bool(is_finite)):
+            optimizer.zero_grad()  # torch's optimizers change nothing that has no gradient
+            del means["grad_norm"]
+        self.guard.check_step(self, optimizer, means, self.window.totals)
         step = {
-            **(
-                {"grad_norm": means.pop("grad_norm")} if "grad_norm" in means else {}
-            ),  # of a skipped step there is none
             "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
             "micro_batches": torch.tensor(float(self.window.micro_batches)),
         }

@@ -14,12 +14,12 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -38,9 +38,6 @@ from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, describe_error, is_out_of_memory
 from qlora_lightning.support.trainer import gather_lists, say_once
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 CHECKED_DEVICES = ("cuda",)  # types of those that a fit checks
 # Distances in norm that are allowed: of a kernel, which rounds once or twice, and of what rounds some ten times.
@@ -95,7 +92,27 @@ def compare_paths(causal_lm: Any, dtype: torch.dtype) -> list[Comparison]:
     return compared
 
 
-def check_device(module: "QLoRAModule", trainer: Trainer | None) -> None:
+class SelfCheck(Callback):
+    """Check the device at the start of a run of any kind, before a fit prints its plan, which the check may change.
+
+    The module adds it in ``configure_callbacks``.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_device(pl_module, trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":  # which has been checked
+            check_device(pl_module, trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_device(pl_module, trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_device(pl_module, trainer)
+
+
+def check_device(module: Any, trainer: Trainer | None) -> None:
     """Check a CUDA device before it is used; what disagrees in any of the Trainer's processes runs plain in all.
 
     A sharded base is not checked: its layers are whole in a pass of all processes only.
@@ -122,7 +139,7 @@ def check_device(module: "QLoRAModule", trainer: Trainer | None) -> None:
         remedy = "the layers of PEFT and transformers run, as with model.fast: false"
         module.use_plain_path()
         if trainer is not None and trainer.state.fn == "fit":
-            module.token_budget.plan_again(module)
+            module.token_budget.plan(module)
     names = list(dict.fromkeys(map(str, faults)))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     say_once(

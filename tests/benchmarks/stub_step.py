@@ -86,7 +86,7 @@ def route_evenly() -> None:
 def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
     """Return a model, and a function that computes its loss from a batch on the host, in rows of 1,024 tokens."""
     from qlora_lightning import QLoRAModule
-    from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+    from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
     from qlora_lightning.model.layers.select import fuse_layers
     from tests.steps import make_batch
 
@@ -96,7 +96,8 @@ def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
     fuse_layers(module.model)
     module._choose_precision()
     module.token_budget.tokens = tokens
-    switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(mode != "plain", mode == "offloaded"))
+    if mode != "plain":
+        enable_activation_checkpointing(module.causal_lm, mode == "offloaded")
     rows = tokens // ROW
     batch = make_batch([ROW] * rows) | {"row_ids": torch.arange(rows), "source": torch.zeros(rows)}
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule, load_base
-from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS, experts_of
 from tests import families
 from tests.benchmarks.one_batch import MemoryWatch
@@ -99,7 +99,7 @@ def test_adapters_on_and_beside_experts_are_plain_pefts_byte_for_byte(model_type
         by_ends = make_module(base, adapter=str(tmp_path / "plain"))
         assert_same_step(loss_and_gradients(by_ends, batch), step)
     again.model.set_adapter("default")
-    switch_checkpointing(again.causal_lm, Checkpointing(), Checkpointing(True))
+    enable_activation_checkpointing(again.causal_lm)
     assert_same_step(loss_and_gradients(again, batch), step)
     dense = QLoRAModule(str(base), adapter=str(tmp_path / "first"), quantization="none", compute_dtype="fp32")
     with rejects("model.quantization", "nf4", "none"):

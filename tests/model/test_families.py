@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, BitsAndBytesC
 
 from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.cli import main
-from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from qlora_lightning.model.load.base_model import keep_quantized_layers
 from qlora_lightning.model.load.wrapped import open_text_config
@@ -281,7 +281,7 @@ def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, rat
     torch.manual_seed(1)
     _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
     if reentrant is None:
-        switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
+        enable_activation_checkpointing(module.causal_lm)
     else:
         module.causal_lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     module.choose_layers()

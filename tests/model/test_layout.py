@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.step.layout import add_noise, lay_out, sequences_of_lengths
 from qlora_lightning.sources.tensors import IGNORED
 from tests.steps import assert_same_step, fit, loss_and_gradients, make_batch, make_module
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     assert lay_out(batch).sequences.expanded.has_shared
     expected = loss_and_gradients(plain, batch)
     assert_same_step(loss_and_gradients(module, batch), expected)
-    switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
+    enable_activation_checkpointing(module.causal_lm)
     assert_same_step(loss_and_gradients(module, batch), expected)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing, QLoRAModule
-from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices
+from qlora_lightning.model.activation_checkpointing import Checkpointing
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory import budget
@@ -137,20 +137,44 @@ def test_a_short_last_part_that_runs_out_costs_a_fifth_of_what_has_fitted(tiny_b
     assert int(found[1]) < int(found[2]) < 200
 
 
-def test_a_model_is_planned_for_again_and_checkpointing_switched_off(tiny_base, tmp_path, whole, monkeypatch):
+class CountsCheckpointed(lightning.Callback):
+    """Counts the layers that are checkpointed in the first step of each fit."""
+
+    def __init__(self):
+        self.found = []
+
+    def count(self, module):
+        layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
+        return sum(layer.gradient_checkpointing for layer in layers)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0 and trainer.current_epoch == 0:
+            self.found.append(self.count(pl_module))
+
+
+class Fails(lightning.Callback):
+    def on_before_optimizer_step(self, *arguments):
+        raise ValueError("of a user")
+
+
+def test_a_model_is_planned_for_again_and_checkpointing_switched_back_at_the_end_and_after_an_error(
+    tiny_base, tmp_path, whole, monkeypatch
+):
     planned, plan = [], memory_fit.plan_fits
     monkeypatch.setattr(budget, "plan_fits", lambda *arguments: planned.append(plan(*arguments)) or planned[-1])
-    module, *_ = train(tiny_base, whole[0], tmp_path, GradientCheckpointing(True))
-    layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
-    assert all(layer.gradient_checkpointing for layer in layers)
-    fit(module, tmp_path, whole[0], max_steps=1, callbacks=[GradientCheckpointing(False)])
-    assert not any(layer.gradient_checkpointing for layer in layers)
-    assert [fits[0].tokens for fits in planned] == [8192, 8192]
+    counts = CountsCheckpointed()
+    module, *_ = train(tiny_base, whole[0], tmp_path, GradientCheckpointing(True), counts)
+    fit(module, tmp_path, whole[0], max_steps=1, callbacks=[GradientCheckpointing(False), counts])
+    with pytest.raises(ValueError, match="of a user"):
+        fit(module, tmp_path, whole[0], max_steps=1, callbacks=[GradientCheckpointing(True), counts, Fails()])
+    assert counts.found == [2, 0, 2]
+    assert counts.count(module) == 0
+    assert [fits[0].tokens for fits in planned] == [8192, 8192, 8192]
 
 
 # ---- what is planned -------------------------------------------------------------------------------------------------
 
-CHOICES = checkpointing_choices(on_cuda=True)
+CHOICES = GradientCheckpointing().choices(on_cuda=True)
 
 
 def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
@@ -179,14 +203,14 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
 def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, setting):
     file, _, _ = whole
     module, _, _ = train(tiny_base, file, tmp_path, fails=[2], micro_batch_tokens=setting)
-    state = module.token_budget.state_dict()
+    state = module.token_budget.capture()
     assert 0 < state["tokens"] < 8192
     resumed = QLoRAModule(str(tiny_base), micro_batch_tokens=setting).token_budget
     resumed.fits = [Fit(8192, choice) for choice in CHOICES]
-    resumed.load_state_dict(state | {"checkpointing": [True, False]})
+    resumed.restore(state | {"checkpointing": [True, False]})
     assert (resumed.tokens, [fit.choice for fit in resumed.fits]) == (state["tokens"], CHOICES[1:])
     changed = QLoRAModule(str(tiny_base), micro_batch_tokens=100).token_budget
-    changed.load_state_dict(state)
+    changed.restore(state)
     assert changed.tokens == 100
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
-from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
+from qlora_lightning.model.checkpoint.format import KEY, CheckpointReader, plain_settings, read_content
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import FORMAT_VERSION
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once, validation_follows
@@ -39,6 +40,10 @@ class ExactResume(Callback):
         self._checkpoint: dict[str, Any] | None = None  # being restored, until the first batch
         self._groups: list[dict[str, Any]] = []  # of the optimizers, by the config
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user
+            trainer.strategy.checkpoint_io = CheckpointReader()
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module = cast("QLoRAModule", pl_module)
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -50,7 +55,7 @@ class ExactResume(Callback):
             "optimizers": _optimizer_classes(trainer),
             "groups": [plain_settings(group) for group in self._groups],
             "identity": {**module.identity, "data": identity_of_data(trainer)},
-            "micro_batch_size": gather_lists(trainer, [module.token_budget.state_dict()]),
+            "micro_batch_size": gather_lists(trainer, [module.token_budget.capture()]),
             "loss_scale": module.loss_scale.state_dict(),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
@@ -74,7 +79,7 @@ class ExactResume(Callback):
         module = cast("QLoRAModule", pl_module)
         module.loss_scale.load_state_dict(content["loss_scale"])
         budgets = content["micro_batch_size"]  # of each process that saved
-        module.token_budget.load_state_dict(budgets[trainer.global_rank % len(budgets)])
+        module.token_budget.restore(budgets[trainer.global_rank % len(budgets)])
         if changes:
             lines = [f"  {_show_change(change)}" for change in changes]
             say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *lines]))

@@ -2,11 +2,12 @@
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
+from lightning import Callback, LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,9 +34,6 @@ from qlora_lightning.sources.folders import find_adapter_folder, open_base, read
 from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import say_once
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 
 def assemble_model(
@@ -111,7 +109,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     return model
 
 
-def settings_of_adapter(module: "QLoRAModule") -> dict[str, Any]:
+def settings_of_adapter(module: Any) -> dict[str, Any]:
     """Return what the module's ``adapter_options`` are with the folder that its ``adapter`` names.
 
     It reads no weights: what contradicts the folder is rejected before a base is loaded.
@@ -126,7 +124,15 @@ def settings_of_adapter(module: "QLoRAModule") -> dict[str, Any]:
     return settings_of_folder(folder, base, module.adapter_options)
 
 
-def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
+class ModelReport(Callback):
+    """Print at the start of a fit what its model is. The module adds it in ``configure_callbacks``."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        report_model(module, module.choose_layers())
+
+
+def report_model(module: Any, fusion: Fusion) -> None:
     """Print what to know about the device, what trains, and why layers do not run fused."""
     layers = [(name, layer) for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     names = [getattr(layer, "parameter_name", name.rpartition(".")[2]) for name, layer in layers]

@@ -1,25 +1,18 @@
 """How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.model.activation_checkpointing import (
-    Checkpointing,
-    GradientCheckpointing,
-    checkpointing_choices,
-    switch_checkpointing,
-)
+from qlora_lightning.model.activation_checkpointing import Checkpointing, GradientCheckpointing
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, memory_for_step, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.model.step.packed import Cutter, samples_per_row
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import find_callback, say_once
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 MicroBatchTokens = int | Literal["auto"]
 
@@ -28,8 +21,11 @@ class RowDoesNotFit(UserError):
     """Memory ran out in a single row, and no other choice of checkpointing is left."""
 
 
-class TokenBudget:
+class TokenBudget(Callback):
     """The number of tokens that go through the model at a time, in whole rows, by ``micro_batch_tokens``.
+
+    The module adds it in ``configure_callbacks``: a fit is planned before its base is loaded. Evaluations take the
+    number of the fit before.
 
     Args:
         setting: A number, or ``auto`` to find one.
@@ -46,36 +42,37 @@ class TokenBudget:
         self.tokens = self._unplanned
         self._fitted = 0  # the most tokens of a micro-batch that was trained on in this fit, since memory ran out
         self.fits = [Fit(self.tokens, Checkpointing())]
-        self._switched_to = Checkpointing()
+        self._checkpointing = GradientCheckpointing()
         self._memory = 0  # bytes for a step and its base, before this is loaded
         self._restored: dict[str, Any] | None = None  # what a checkpoint had
 
-    def plan(self, module: "QLoRAModule") -> None:
-        """Begin a fit: under ``auto`` choose by the formula, before any weight is downloaded or loaded.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Plan a fit: under ``auto`` choose by the formula, before any weight is downloaded or loaded.
 
         See :func:`~qlora_lightning.model.memory.fit.plan_fits`.
         """
-        self._memory, self._restored = memory_for_step(module.trainer.strategy.root_device), None
-        self.plan_again(module)
+        if stage == "fit":
+            self._memory, self._restored = memory_for_step(trainer.strategy.root_device), None
+            self._checkpointing = find_callback(trainer, GradientCheckpointing) or GradientCheckpointing()
+            self.plan(pl_module)
 
-    def plan_again(self, module: "QLoRAModule") -> None:
-        """Choose again, since the layers run in another way: of the memory that was free before the base was loaded."""
-        trainer = module.trainer
-        settings = find_callback(trainer, GradientCheckpointing) or GradientCheckpointing()
-        on_cuda = trainer.strategy.root_device.type == "cuda"
-        choices = checkpointing_choices(settings.enabled, settings.offload, on_cuda=on_cuda)
+    def plan(self, module: Any) -> None:
+        """Choose, also once more if layers will run in another way: of what was free before the base was loaded."""
+        choices = self._checkpointing.choices(on_cuda=module.trainer.strategy.root_device.type == "cuda")
         planned = plan_fits(module, choices, self._memory) if self.is_auto else None
         self.fits = planned or [Fit(self._unplanned, choice) for choice in choices]
         self.tokens, self._fitted = self.fits[0].tokens, 0
         if self._restored is not None:
-            self.load_state_dict(self._restored)
+            self.restore(self._restored)
 
-    def start(self, causal_lm: Any) -> None:
-        """Switch to the chosen checkpointing, and print it.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the plan.
 
         Raises:
-            UserError: It is needed, and transformers has none for this type.
+            UserError: Checkpointing is needed, and transformers has none for this type.
         """
+        module: Any = pl_module
+        causal_lm = module.causal_lm
         if not causal_lm.supports_gradient_checkpointing:
             self.fits = [fit for fit in self.fits if not fit.choice.checkpointed]
             if not self.fits:
@@ -85,12 +82,7 @@ class TokenBudget:
                     "data.max_length.",
                     "gradient_checkpointing.enabled",
                 )
-        self._switch_to_choice(causal_lm)
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.fits[0].choice}.")
-
-    def _switch_to_choice(self, causal_lm: Any) -> None:
-        switch_checkpointing(causal_lm, self._switched_to, self.fits[0].choice)
-        self._switched_to = self.fits[0].choice
 
     def record(self, part: Mapping[str, Any]) -> None:
         """Record that a part of a batch fitted into memory; evaluations take less than training."""
@@ -131,7 +123,7 @@ class TokenBudget:
         elif len(self.fits) > 1 and torch.is_grad_enabled():
             del self.fits[0]
             self.tokens = self.fits[0].tokens
-            self._switch_to_choice(cutter.causal_lm)
+            self._checkpointing.switch(cutter.causal_lm, self.fits[0].choice)
             say(
                 f"Memory ran out{suffix} in a row of {tokens:,} tokens: training continues {self.fits[0].choice}, by "
                 "about a third slower."
@@ -149,11 +141,11 @@ class TokenBudget:
                 "memory.row",
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run restores."""
+    def capture(self) -> dict[str, Any]:
+        """Return what a resumed run restores in this process; Lightning would keep the state of one process only."""
         return {"setting": self.setting, "tokens": self.tokens, "checkpointing": list(self.fits[0].choice)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Restore what a run had found, its tokens only if the setting is the same."""
         self._restored = state
         choices = [fit.choice for fit in self.fits]

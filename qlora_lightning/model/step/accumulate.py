@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums, divisor_of
 from qlora_lightning.model.step.packed import Cutter, is_packed
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
+from qlora_lightning.support.trainer import say_once
 
 Result = TypeVar("Result")
 
@@ -39,10 +42,10 @@ class LossScale:
 
     _FIRST, _LOWEST = 32.0, 1 / 32
     _FINITE_STEPS = 2000  # in a row, until it is doubled: GradScaler's growth_interval
-    MOST_SKIPPED = 10  # in a row
+    _MOST_SKIPPED = 10  # in a row
 
     def __init__(self) -> None:
-        self.is_used = False
+        self.is_used = self._is_told = False
         self._state = {"value": self._FIRST, "finite": 0, "skipped": 0}  # the last two are steps in a row
 
     @property
@@ -50,8 +53,8 @@ class LossScale:
         """The current factor."""
         return self._state["value"] if self.is_used else 1.0
 
-    def skips_step(self, is_finite: bool) -> bool:
-        """Count a step by its gradient; return whether it is skipped, which too many in a row are not."""
+    def skips_step(self, step: int, is_finite: bool) -> bool:
+        """Count a step by its gradient; return whether it is skipped, which too many in a row are not. Say so once."""
         value, finite, skipped = self._state.values()
         if is_finite:
             finite, skipped = finite + 1, 0
@@ -60,7 +63,15 @@ class LossScale:
         else:
             value, finite, skipped = max(value / 2, self._LOWEST), 0, skipped + 1
         self._state = {"value": value, "finite": finite, "skipped": skipped}
-        return self.is_used and 0 < skipped < self.MOST_SKIPPED
+        is_skipped = self.is_used and 0 < skipped < self._MOST_SKIPPED
+        if is_skipped and not self._is_told:
+            say_once(
+                f"The gradient of step {step} is NaN or infinite in fp16: the step is skipped, and loss_scale is "
+                f"{value:g} from now on. Later steps are skipped without a message; {self._MOST_SKIPPED} in a row stop "
+                "the run."
+            )
+            self._is_told = True
+        return is_skipped
 
     def state_dict(self) -> dict[str, float]:
         """Return what a resumed run restores."""
@@ -71,8 +82,10 @@ class LossScale:
         self._state = {name: state[name] for name in self._state}
 
 
-class Window:
+class Window(Callback):
     """The batches of one optimizer step: the gradients of their sums, and the sums.
+
+    The module adds it in ``configure_callbacks``.
 
     Attributes:
         batches: The batches of this process in the open window.
@@ -96,6 +109,17 @@ class Window:
     def _clear_sums(self) -> None:
         self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and LossSums.metrics
         self.micro_batches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clear()  # Lightning skips on_train_epoch_start if it resumes inside an epoch
+        if isinstance(model := trainer.strategy.model, DistributedDataParallel):
+            # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
+            # may have different numbers, and sorts its buckets again after the first, so that a resume would round
+            # differently
+            model.require_backward_grad_sync = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clear()  # an epoch, a failed fit, or a search for a learning rate may have ended inside a window
 
     @property
     def row_ids(self) -> list[int]:
@@ -194,6 +218,17 @@ class Window:
                 "or an earlier step: with several processes return the same ones each time, 0 for none.",
                 "loss.metrics",
             )
+
+
+def to_host(means: Mapping[str, Tensor], totals: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Copy means and totals to the host at once.
+
+    In a step of a dense base in 4 bits the host waits for a GPU only here; a mixture makes it wait in each layer too,
+    and int8 in each linear.
+    """
+    values = torch.stack([value.detach().double() for value in (*means.values(), *totals.values())]).cpu()
+    host_means = {name: value.float() for name, value in zip(means, values, strict=False)}
+    return host_means, dict(zip(totals, values[len(means) :].tolist(), strict=True))
 
 
 def evaluate(batch: Any, cutter: Cutter, compute: Callable[[Any], Result]) -> list[Result]:

@@ -142,6 +142,15 @@ class TokenStatistics:
         return dict(zip([*sums][1:], totals[1:] / divisor_of(totals[0]), strict=True))
 
 
+def reject_uncounted(what: str) -> None:
+    """Reject steps or rows of which nothing was counted: nothing would be learned, or measured."""
+    raise UserError(
+        f"{what} counted no token: the labels of their rows are all -100, as with a wrong mask of the answers, or "
+        "compute_loss returned a count of 0.",
+        "loss.nothing_counted",
+    )
+
+
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
     """Return the number of labelled tokens whose logits exist at a time."""
     most_bytes = _LOGIT_BYTES if device == "cpu" else _LOGIT_BYTES_OF_GPU

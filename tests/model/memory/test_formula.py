@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
-from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import Checkpointing, enable_activation_checkpointing
 from qlora_lightning.model.cpu.library import find_function
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
@@ -56,7 +56,7 @@ def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, check
     options = {"compute_dtype": COMPUTES} | options
     module = steps.make_module(tiny_base, **options)
     if checkpointed:
-        switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
+        enable_activation_checkpointing(module.causal_lm)
     batch = steps.make_batch(LENGTHS, vocabulary=40_000)
     dtype = getattr(torch, module.identity["compute_dtype"])
     del options["compute_dtype"]

@@ -6,6 +6,8 @@ Importing this package loads nothing heavy: each public name is imported when it
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlora_lightning.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
@@ -20,15 +22,12 @@ if TYPE_CHECKING:
         default_callbacks,
     )
     from qlora_lightning.data.datamodule import InstructionDataModule, PreferenceDataModule
-    from qlora_lightning.model.kto import KTOModule
     from qlora_lightning.model.load.base_model import load_base
     from qlora_lightning.model.module import QLoRAModule
-    from qlora_lightning.model.preferences import PreferenceModule
+    from qlora_lightning.model.preferences import KTOModule, PreferenceModule
     from qlora_lightning.model.sharded import ShardedDDPStrategy
     from qlora_lightning.model.step.loss import LossSums
     from qlora_lightning.support.errors import UserError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
@@ -54,7 +53,7 @@ __all__ = [
 
 _HOMES = {
     "InstructionDataModule": "qlora_lightning.data.datamodule",
-    "KTOModule": "qlora_lightning.model.kto",
+    "KTOModule": "qlora_lightning.model.preferences",
     "LossSums": "qlora_lightning.model.step.loss",
     "PreferenceDataModule": "qlora_lightning.data.datamodule",
     "PreferenceModule": "qlora_lightning.model.preferences",

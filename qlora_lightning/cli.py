@@ -13,10 +13,10 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_lightning import __version__
 from qlora_lightning.commands.config import expand_arguments, find_configs
 from qlora_lightning.support.console import VisibleRecord, show_controls
 from qlora_lightning.support.errors import NothingTrained, TrainingStopped, UserError, find_disk_fault, nearest
+from qlora_lightning.version import __version__
 
 COMMANDS = {
     "fit": ("fit", "train adapters on a quantized base"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.model.kto import KTOModule
+from qlora_lightning.model.preferences import KTOModule
 from tests import steps
 from tests.data.conftest import TEMPLATES
 from tests.equality import metrics
@@ -288,7 +288,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(
     verdicts, source = np.array([True, True, True, False, False]), np.array([0, 0, 1, 1, 1])  # of the training rows
     data.samples["train"] = SimpleNamespace(desirable=verdicts, source=source)
     data.sample_sources["train"] = [SimpleNamespace(weight=share) for share in shares]
-    monkeypatch.setattr("qlora_lightning.model.kto.datamodule_of", lambda trainer: data)
+    monkeypatch.setattr("qlora_lightning.model.preferences.datamodule_of", lambda trainer: data)
     own, others = plain_log_probs(module.model, batch)[0].flatten(), other_answers(batch)
     with torch.no_grad():
         mixed = plain_log_probs(module.model, others)[0].flatten()

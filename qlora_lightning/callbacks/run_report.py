@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
@@ -32,6 +31,7 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped, is_out_of_memory
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, resolve_unnamed
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
+from qlora_lightning.version import __version__
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
 

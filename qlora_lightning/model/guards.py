@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -19,6 +19,7 @@ from qlora_lightning.model.adapters.folder import check_dtypes, check_trainable
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generators, restore_generators, same_generators
 from qlora_lightning.model.memory.budget import TokenBudget
+from qlora_lightning.model.protocol import Module
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import reject_uncounted
@@ -38,9 +39,6 @@ from qlora_lightning.support.errors import Diverged, NothingTrained, UserError, 
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.settings import check_mode, check_trainer_settings
 from qlora_lightning.support.trainer import datamodule_of, find_callback
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.StochasticWeightAveraging: "averages the whole model, packed bytes too",
@@ -65,7 +63,7 @@ def check_callbacks(trainer: Trainer | None) -> None:
             raise UserError(f"{type(callback).__name__} {reason}: leave it out.", "trainer.callbacks")
 
 
-def check_setup(module: "QLoRAModule") -> None:
+def check_setup(module: Module) -> None:
     """Check the settings and data of a run before anything is loaded."""
     if not trainers.is_trial_run(module.trainer):  # which sets its own
         check_trainer_settings(module.trainer)
@@ -97,7 +95,7 @@ def _reject_waiting(trainer: Trainer, remedy: str) -> None:
             raise UserError(message, "trainer.callbacks")
 
 
-def check_length(module: "QLoRAModule", batches: int) -> None:
+def check_length(module: Module, batches: int) -> None:
     """Reject what the run would never reach, with so many batches an epoch: its least length, its first validation.
 
     A run that only its time ends may reach all.
@@ -133,7 +131,7 @@ def check_length(module: "QLoRAModule", batches: int) -> None:
     trainers.say_once(f"The validation rows are not used: no validation by {end}.")
 
 
-def report_time(module: "QLoRAModule", steps: int) -> None:
+def report_time(module: Module, steps: int) -> None:
     """Report a limit in time under which the learning rate may never fall: its schedule is over the planned steps."""
     timer = find_callback(module.trainer, callbacks.Timer)
     is_timed = timer is not None and timer.time_remaining() is not None
@@ -144,7 +142,7 @@ def report_time(module: "QLoRAModule", steps: int) -> None:
         )
 
 
-def check_start(module: "QLoRAModule") -> None:
+def check_start(module: Module) -> None:
     """Check a module and its Trainer before the model is built."""
     trainer = trainers.trainer_of(module)
     if trainer is None:
@@ -211,7 +209,7 @@ def check_training_mode(model: nn.Module) -> None:
         )
 
 
-def check_sums(module: "QLoRAModule", batch: Any) -> None:
+def check_sums(module: Module, batch: Any) -> None:
     """Warn of a ``compute_loss`` that returns no sums: those of a row twice are not two times those of the row once.
 
     They may be off by rounding. Metrics, and sums of a padded batch, which is never cut, have to be nearer to twice the
@@ -232,7 +230,7 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
         sums, draws = [], False
         for each in (row, twice):
             restore_generators(generators)
-            with _copied_state(module), evaluation_mode(module), torch.enable_grad():
+            with _copied_state(module), evaluation_mode(cast(Any, module)), torch.enable_grad():
                 sums.append(_sum_batch(module, each))
             draws = draws or not same_generators(generators, capture_generators())
     except Exception:
@@ -259,7 +257,7 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
 
 
 @contextlib.contextmanager
-def _copied_state(module: "QLoRAModule") -> Iterator[None]:
+def _copied_state(module: Any) -> Iterator[None]:
     """Put copies of what a subclass has beside the model in the place of it, for a while."""
     attributes, modules = dict(vars(module)), module._modules
     buffers = module._buffers
@@ -280,7 +278,7 @@ def _is_large(module: nn.Module | None) -> bool:
     return module is not None and sum(each.numel() for each in module.parameters()) > 10_000_000
 
 
-def _sum_batch(module: "QLoRAModule", batch: Any) -> dict[str, float]:
+def _sum_batch(module: Module, batch: Any) -> dict[str, float]:
     sums = module.sum_loss(module.micro_batch_of(batch) if is_packed(batch) else batch)
     return {name: float(value) for name, value in sums.by_name().items()}
 
@@ -306,7 +304,7 @@ class TrainingGuard(Callback):
 
     def check_step(
         self,
-        pl_module: "QLoRAModule",
+        pl_module: Module,
         optimizer: torch.optim.Optimizer,
         means: Mapping[str, Tensor],
         totals: Mapping[str, float],
@@ -324,7 +322,7 @@ class TrainingGuard(Callback):
         elif not_finite:
             self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
         elif self.checks_due and totals["labelled_tokens"] and not is_skipped:  # without labels zeros are right
-            self._check_gradients(trainable_tensors(pl_module), optimizer)
+            self._check_gradients(trainable_tensors(cast(Any, pl_module)), optimizer)
         self._last_loss = float(means["loss"])
         self._compare_with_validation(self._last_loss)
 
@@ -387,14 +385,14 @@ class TrainingGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if cast("QLoRAModule", pl_module).window.batches:
+        if cast(Module, pl_module).window.batches:
             raise UserError(
                 f"{type(pl_module).__name__} overrides `optimizer_step` without `super().optimizer_step(…)`, which "
                 "divides the gradients of a sum by its labelled tokens.",
                 "module.optimizer_step",
             )
 
-    def _stop(self, pl_module: "QLoRAModule", optimizer: torch.optim.Optimizer, quantity: str) -> None:
+    def _stop(self, pl_module: Module, optimizer: torch.optim.Optimizer, quantity: str) -> None:
         """Stop the run, and name the rows of the step; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
         locations = row_locations(datamodule_of(trainer), pl_module.window.row_ids)
@@ -413,7 +411,7 @@ class TrainingGuard(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = cast("QLoRAModule", pl_module)
+        module = cast(Module, pl_module)
         check_setup(module)
         if stage == "fit":
             check_monitors(trainer)
@@ -422,7 +420,7 @@ class TrainingGuard(Callback):
                 check_length(module, batches)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast("QLoRAModule", pl_module)
+        module = cast(Module, pl_module)
         # the one of Tuner.lr_find has ended by now
         if find_callback(trainer, callbacks.LearningRateFinder) is not None:
             raise UserError(
@@ -430,7 +428,7 @@ class TrainingGuard(Callback):
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",
                 "trainer.callbacks",
             )
-        check_trainable(module, module.model)
+        check_trainable(cast(Any, module), module.model)
         config, data = module.causal_lm.config, datamodule_of(trainer)
         check_row_length(config, getattr(data, "max_length", 0))
         samples, n_positions = samples_of(data, "train"), most_positions(config)
@@ -449,7 +447,7 @@ class TrainingGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0
         if trainers.batches_of_epoch(trainer) is None and trainer.num_training_batches < math.inf:
-            check_length(cast("QLoRAModule", pl_module), int(trainer.num_training_batches))
+            check_length(cast(Module, pl_module), int(trainer.num_training_batches))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step:  # also of a resume with nothing left to train
@@ -459,7 +457,7 @@ class TrainingGuard(Callback):
         raise NothingTrained(f"The fit took no step: {reason}. Nothing was trained, and no adapter saved.", "fit.steps")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module, loss = cast("QLoRAModule", pl_module), trainer.callback_metrics.get("val_loss")
+        module, loss = cast(Module, pl_module), trainer.callback_metrics.get("val_loss")
         if trainer.sanity_checking and loss is not None and module.statistics.sums:  # not of an own validation_step
             self._sanity_loss = float(loss)
         if trainer.state.fn != "fit" or trainer.sanity_checking:

@@ -23,7 +23,6 @@ from lightning import Callback, LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qlora_lightning import __version__
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import PackedPass, packed_pass
@@ -38,6 +37,7 @@ from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, describe_error, is_out_of_memory
 from qlora_lightning.support.trainer import gather_lists, say_once
+from qlora_lightning.version import __version__
 
 CHECKED_DEVICES = ("cuda",)  # types of those that a fit checks
 # Distances in norm that are allowed: of a kernel, which rounds once or twice, and of what rounds some ten times.

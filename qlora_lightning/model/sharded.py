@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -21,19 +21,17 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from qlora_lightning.model.layers.attention import NO_MASK, PackedPass, packed_pass
 from qlora_lightning.model.model_types import decoder_layers, runs_packed
+from qlora_lightning.model.protocol import Module
 from qlora_lightning.model.step.layout import sequences_of_lengths
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 _BYTE = torch.float8_e4m3fn  # dtype in which packed bytes are gathered: FSDP2 of torch 2.11 took floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # a process's next collective pass: the smallest of all processes runs first
 
 
 @contextlib.contextmanager
-def collective_passes(module: "QLoRAModule") -> Iterator[None]:
+def collective_passes(module: Module) -> Iterator[None]:
     """Let each process run as many forward passes without gradients as it likes, even if the base is sharded.
 
     Such a pass gathers layers, which takes all processes: inside this context a process announces each pass, and those
@@ -231,7 +229,7 @@ class ShardedDDPStrategy(DDPStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         """Shard the base as soon as ``configure_model``, which runs inside, has loaded it on the CPU."""
         yield
-        module = cast("QLoRAModule", self.lightning_module)
+        module: Any = self.lightning_module
         if module.sharded_base is not None:
             return
         module.sharded_base = ShardedBase(module.causal_lm, dist.new_group(), self.root_device, self.offload)

@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning import __version__
 from qlora_lightning.report import figures
 from qlora_lightning.report.assessment import Assessment, assess
 from qlora_lightning.report.charts import COLOURS, charts_of, draw
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.support.console import count_of, show_controls
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, PAGE, resolve_unnamed, write_whole
+from qlora_lightning.version import __version__
 
 Facts = list[tuple[str, str]]
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, without effect

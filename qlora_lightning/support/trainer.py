@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
-def trainer_of(module: LightningModule) -> Trainer | None:
+def trainer_of(module: Any) -> Trainer | None:
     """Return the Trainer that a module is attached to, ``None`` without one.
 
     Without one, Lightning's ``trainer`` raises; under Fabric it is not a Trainer.
@@ -26,9 +26,10 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     if module.fabric is not None:
         return None
     try:
-        return module.trainer
+        trainer: Trainer = module.trainer
     except RuntimeError:
         return None
+    return trainer
 
 
 def datamodule_of(trainer: Any) -> Any:

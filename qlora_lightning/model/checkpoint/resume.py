@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, CheckpointReader, plain_settings, read_content
+from qlora_lightning.model.protocol import Module
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import FORMAT_VERSION
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once, validation_follows
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
@@ -45,7 +43,7 @@ class ExactResume(Callback):
             trainer.strategy.checkpoint_io = CheckpointReader()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        module = cast("QLoRAModule", pl_module)
+        module = cast(Module, pl_module)
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         ends_batch = batches.completed < batches.ready
         checkpoint[KEY] = {
@@ -76,7 +74,7 @@ class ExactResume(Callback):
         _check_samples(trainer, stored_data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(stored_data.get("settings", {}), identity.get("settings", {}), "data")
-        module = cast("QLoRAModule", pl_module)
+        module = cast(Module, pl_module)
         module.loss_scale.load_state_dict(content["loss_scale"])
         budgets = content["micro_batch_size"]  # of each process that saved
         module.token_budget.restore(budgets[trainer.global_rank % len(budgets)])

@@ -3,7 +3,7 @@
 import gc
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
@@ -17,15 +17,13 @@ from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.model.load.wrapped import open_text_config
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
+from qlora_lightning.model.protocol import Module
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.packed import samples_of
 from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config
 from qlora_lightning.sources.tensors import format_gib
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 TOKENS_OF_A_CPU = 8192  # more make its products no faster
 USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula omits
@@ -65,7 +63,7 @@ def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[C
 
 
 def plan_step(
-    module: "QLoRAModule",
+    module: Module,
     config: Any,
     dtype: torch.dtype,
     processes: int,
@@ -98,7 +96,7 @@ def memory_for_step(device: torch.device) -> int:
     return free_bytes(device) + CONTEXT_BYTES  # the context exists already
 
 
-def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing], memory: int) -> list[Fit] | None:
+def plan_fits(module: Module, choices: Sequence[Checkpointing], memory: int) -> list[Fit] | None:
     """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
 
     ``memory`` is what :func:`memory_for_step` has read. Returns ``None`` if the base has code of its own, or

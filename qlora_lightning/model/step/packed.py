@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +13,6 @@ from qlora_lightning.model.step.layout import MicroBatch, lay_out
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import say_once
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.memory.budget import TokenBudget
-    from qlora_lightning.model.sharded import ShardedBase
 
 # The tensors that a packed batch may have.
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
@@ -168,6 +164,25 @@ def _slice_samples(batch: Mapping[str, Any], start: int, end: int, cu_seqlens: S
     return part
 
 
+class Budget(Protocol):
+    """What a cutter takes of a :class:`~qlora_lightning.model.memory.budget.TokenBudget`."""
+
+    tokens: int
+
+    def record(self, part: Mapping[str, Any]) -> None:
+        """Record that a part fitted into memory."""
+
+    def lower(self, shortage: Any, cutter: Any) -> None:
+        """Take less memory than a part took."""
+
+
+class Sharded(Protocol):
+    """What it takes of a :class:`~qlora_lightning.model.sharded.ShardedBase`."""
+
+    def largest(self, number: int) -> int:
+        """Return the largest of all processes' numbers."""
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts packed batches on the host into parts that fit into memory, and makes each part a micro-batch.
@@ -183,8 +198,8 @@ class Cutter:
 
     causal_lm: Any
     device: torch.device
-    budget: "TokenBudget"
-    sharded_base: "ShardedBase | None"
+    budget: Budget
+    sharded_base: Sharded | None
     skips_unlabelled: bool
     locate: Callable[[Sequence[int]], str]
 

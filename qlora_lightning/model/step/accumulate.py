@@ -5,7 +5,7 @@ labelled tokens over all ranks: every token weighs the same, however the rows we
 """
 # mypy: allow-untyped-calls
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -140,20 +140,17 @@ class Window(Callback):
         self.batches.append(batch)
         if isinstance(batch, Mapping) and "input_ids" in batch:
             self.counts["tokens"] += batch["input_ids"].numel()
-        remaining = [batch]
-        while True:
-            try:
-                for each in remaining:
-                    sums = [_run_pass(part, cutter, backpropagate) for part in cutter.cut(each)]
-                    self._add(sums)
-                count = torch.stack([each.count for each in sums]).sum()
-                return torch.stack([each.loss_sum for each in sums]).sum() / divisor_of(count)
-            except OutOfMemory as error:
-                shortage = error.with_traceback(None)
-            cutter.budget.lower(shortage, cutter)
+
+        def start_over() -> list[Any]:
             zero_grad()
             self._clear_sums()
-            remaining = self.batches
+            return self.batches
+
+        *earlier, sums = run_passes([batch], cutter, backpropagate, start_over)
+        for each in (*earlier, sums):
+            self._add(each)
+        count = torch.stack([each.count for each in sums]).sum()
+        return torch.stack([each.loss_sum for each in sums]).sum() / divisor_of(count)
 
     def _add(self, batch_sums: list[LossSums]) -> None:
         for sums in batch_sums:
@@ -232,13 +229,25 @@ def to_host(means: Mapping[str, Tensor], totals: Mapping[str, Tensor]) -> tuple[
 
 
 def evaluate(batch: Any, cutter: Cutter, compute: Callable[[Any], Result]) -> list[Result]:
-    """Compute, without gradients, a function of each micro-batch; if memory runs out, start over with smaller ones."""
+    """Compute, without gradients, a function of each micro-batch of a batch."""
+    (results,) = run_passes([batch], cutter, compute, lambda: [batch])
+    return results
+
+
+def run_passes(
+    batches: Sequence[Any], cutter: Cutter, function: Callable[[Any], Result], start_over: Callable[[], Sequence[Any]]
+) -> list[list[Result]]:
+    """Return a function's results of the micro-batches of each batch; if memory runs out, of smaller ones.
+
+    ``start_over`` undoes then what the passes have done, and returns the batches to compute.
+    """
     while True:
         try:
-            return [_run_pass(part, cutter, compute) for part in cutter.cut(batch)]
+            return [[_run_pass(part, cutter, function) for part in cutter.cut(batch)] for batch in batches]
         except OutOfMemory as error:
             shortage = error.with_traceback(None)
         cutter.budget.lower(shortage, cutter)
+        batches = start_over()
 
 
 def _run_pass(part: Any, cutter: Cutter, function: Callable[[Any], Result]) -> Result:

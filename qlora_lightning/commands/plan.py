@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         output.update(figures)
         is_right = True
         if options.check:
-            output["check"] = _check_device(module, terminal())
+            output["check"] = _compare_on_device(module, figures["device"]["kind"], terminal())
             is_right = all(each["agrees"] for each in output["check"]["comparisons"])
         return 0 if figures["memory"]["fits"] and is_right else 1
 
@@ -179,13 +179,13 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     return {"kind": kind, "memory": size, "named": memory is not None}
 
 
-def _check_device(module: Any, console: Console) -> dict[str, Any]:
-    """Load the base onto this machine's GPU, or its CPU, and print what it computes fused beside the plain path."""
+def _compare_on_device(module: Any, kind: str, console: Console) -> dict[str, Any]:
+    """Load the base onto the GPU of this machine, or its CPU; print what that computes fused beside the plain path."""
     import torch
 
     from qlora_lightning.model.self_check import compare_paths, library_versions, name_device
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", 0) if kind == "cuda" and torch.cuda.is_available() else torch.device("cpu")
     name = name_device(device)
     module.to(device)
     module.configure_model()

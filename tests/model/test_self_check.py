@@ -66,6 +66,18 @@ def test_a_planted_fault_is_found_in_each_dtype(tiny_base, monkeypatch, fault, d
     assert max(each.distance / each.limit for each in faults) > 2
 
 
+def test_a_backward_that_is_5_percent_off_is_found_in_bf16(tiny_base, monkeypatch):
+    module = make_module(tiny_base, compute_dtype="bf16")
+    backward = elementwise.swiglu_backward
+
+    def off(*arguments):
+        hidden, *gradients = backward(*arguments)
+        return hidden * 1.05, *gradients
+
+    monkeypatch.setattr(elementwise, "swiglu_backward", off)
+    assert find_faults(module.causal_lm, module.precision.dtype)
+
+
 TRAINED_EMBEDDING = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 OPTIONS = [
     {},
@@ -202,6 +214,19 @@ def test_an_adapter_that_is_loaded_runs_plain_where_the_fused_path_has_a_fault(
     assert not validated.fast
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("run, as with model.fast: false") == 3
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_result_is_remembered_for_the_same_heads_alone(tiny_base, rows_file, tmp_path, monkeypatch):
+    checked, compare = [], self_check.compare_paths
+    monkeypatch.setattr(self_check, "compare_paths", lambda *given: checked.append(given) or compare(*given))
+    counts = []
+    for heads in (8, 8, 4):  # twice as wide, in linears of the same shapes
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
+        base = save_family(tmp_path / f"base-{heads}-{len(counts)}", "llama", tiny_base, **sizes)
+        train(base, tmp_path, rows_file)
+        counts.append(len(checked))
+    assert counts == [1, 1, 2]
 
 
 @pytest.mark.usefixtures("checked")

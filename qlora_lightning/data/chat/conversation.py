@@ -194,36 +194,29 @@ class TemplateRenderer:
         return prompt + generated, AnswerSpan(index, len(prompt) + n_empty, len(prompt) + stop.end())
 
     def _find_generated(self, messages: Conversation, tools: Tools, prompt: str, written: str) -> str | None:
-        """Return what generation must produce behind its prompt; None if it could not begin the answer so.
-
-        Usually the written text begins with the prompt. Else a block of reasoning at the end of the prompt is not what
-        the template writes there.
-        """
-        if written.startswith(prompt):
+        """Return what generation must produce after its prompt; None if it could not begin the answer so."""
+        if written.startswith(prompt):  # as most templates
             return written[len(prompt) :]
         block = _PROMPT_BLOCK.search(prompt)
-        turn = self._find_turn(messages, tools, prompt[: block.start()] if block else prompt, written)
-        if not block or turn is None:
+        head = prompt[: block.start()] if block else prompt
+        turn = self._turn_after_head(head, written)
+        if turn is None:
+            turn = self._turn_after_header(messages, tools, head, written)
+        if turn is None or block is None:
             return turn
         reasoning, _ = split_reasoning(messages[-1])
-        if block["closing"]:  # as Gemma 4 31B: an empty block, which is in the prompt alone
-            return _NO_REASONING.sub("", turn) if reasoning is None else None
-        opening = block["opening"]
-        closing = f"{opening[0]}/{opening[1:]}"
-        if turn.startswith((opening, closing)):  # as Nemotron and GLM 4.7: not with the line breaks of the prompt
-            return turn.removeprefix(opening).lstrip("\n")
-        # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
-        return (reasoning or "").strip("\n") + f"\n{closing}\n\n" + turn.lstrip("\n")
+        return next((found for case in _BLOCK_CASES if (found := case(block, turn, reasoning)) is not None), None)
 
-    def _find_turn(self, messages: Conversation, tools: Tools, head: str, written: str) -> str | None:
-        """Return what a template writes for the last message behind its header; None if that cannot be found.
+    def _turn_after_head(self, head: str, written: str) -> str | None:
+        """Find the last message after ``head``, the generation prompt up to the end of the header, as DeepSeek-R1."""
+        return written[len(head) :] if written.startswith(head) else None
 
-        ``head`` is the generation prompt up to the end of the header. Usually the written text begins with it. Some
-        templates write earlier turns otherwise once an answer follows: gpt-oss leaves out the reasoning of calls, which
-        generation sees. There the header is the last one before the first difference from another answer.
+    def _turn_after_header(self, messages: Conversation, tools: Tools, head: str, written: str) -> str | None:
+        """Find it after the last header before the first difference from another answer, as gpt-oss.
+
+        Its template writes earlier turns otherwise once an answer follows: it leaves out the reasoning of calls, which
+        generation sees.
         """
-        if written.startswith(head):
-            return written[len(head) :]
         header = head.removeprefix(self._apply(messages[:-1], tools))
         other: Message = {**messages[-1], "content": "\uffff"}
         if "reasoning_content" in other:
@@ -231,8 +224,37 @@ class TemplateRenderer:
         texts = [written, self._apply([*messages[:-1], other], tools)]
         shared = os.path.commonprefix(texts)  # noqa: RUF071 texts, not paths
         before, found, _ = shared.rpartition(header) if header else ("", "", "")
-        # an earlier header has what a tool returned behind it, if the template writes none before the answer
+        # an earlier header has what a tool returned after it, if the template writes none before the answer
         return written[len(before + header) :] if found and _has_content(before, messages[-2]) else None
+
+
+# ---- a block of reasoning at the end of the prompt, which is not what the template writes there ----------------------
+
+
+def _empty_block(block: re.Match[str], turn: str, reasoning: str | None) -> str | None:
+    """The block is empty, and in the prompt alone, as with Gemma 4 31B."""
+    return _NO_REASONING.sub("", turn) if block["closing"] and reasoning is None else None
+
+
+def _written_block(block: re.Match[str], turn: str, _: str | None) -> str | None:
+    """The template writes the block too, not with the line breaks of the prompt, as Nemotron 3 and GLM 4.7."""
+    opening = block["opening"]
+    is_written = not block["closing"] and turn.startswith((opening, _closing_of(opening)))
+    return turn.removeprefix(opening).lstrip("\n") if is_written else None
+
+
+def _opened_block(block: re.Match[str], turn: str, reasoning: str | None) -> str | None:
+    """The prompt opens the reasoning, which the template never writes itself, as with DeepSeek-R1."""
+    if block["closing"]:
+        return None
+    return (reasoning or "").strip("\n") + f"\n{_closing_of(block['opening'])}\n\n" + turn.lstrip("\n")
+
+
+def _closing_of(opening: str) -> str:
+    return f"{opening[0]}/{opening[1:]}"
+
+
+_BLOCK_CASES = (_empty_block, _written_block, _opened_block)  # tried in this order
 
 
 def _check_messages(messages: Sequence[Message], text: str) -> None:

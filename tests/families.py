@@ -63,10 +63,11 @@ SIZES = {
         (0.0, "attention_dropout resid_pdrop embd_pdrop attn_pdrop dropout hidden_dropout activation_dropout"),
         (0.0, "residual_dropout layerdrop hidden_dropout_prob attention_probs_dropout_prob"),
         (True, "enable_moe_block attention_bias mlp_bias use_sliding_window use_qk_norm qk_layernorm bias"),
+        (True, "conv_bias use_bias use_conv_bias mamba_conv_bias mamba_proj_bias"),
         (2.0, "attn_logit_softcapping embedding_multiplier"),
-        (0.5, "partial_rotary_factor clip_qkv"),
+        (0.5, "partial_rotary_factor clip_qkv lm_head_multiplier key_multiplier attention_out_multiplier"),
         (3.0, "final_logit_softcapping logits_scaling"),
-        (0.7, "residual_multiplier logit_scale"),
+        (0.7, "residual_multiplier logit_scale attention_in_multiplier ssm_in_multiplier ssm_out_multiplier"),
         (0.3, "attention_multiplier"),
     )
     for name in names.split()
@@ -75,6 +76,7 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _LOCAL = {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2}
 SETTINGS = {  # None: the config's own default
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "falcon": {"alibi": True},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
     "gpt_neo": _LOCAL,
@@ -84,7 +86,7 @@ SETTINGS = {  # None: the config's own default
     "lfm2_moe": _CONVOLUTIONS,
     "lfm3": _CONVOLUTIONS,
     "mamba2": {"num_heads": 8},
-    "nemotron_h": {"layers_block_type": ["full_attention", "moe"] * 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"]},
     "minimax": {"layer_types": None, "sliding_window": None},
     "smollm3": {"no_rope_layers": [0, 1, 1, 0], "layer_types": ["full_attention"] * 4, "sliding_window": None},
     "zaya": {"layer_types": None, "num_experts_per_tok": 1},

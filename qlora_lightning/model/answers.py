@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.lora import dequantize
+from qlora_lightning.model.layers.mixer import changes_by_padding
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.model.step.forward import evaluation_mode
@@ -56,7 +57,8 @@ def generate_answers(
     """
     # that of an adapter, which is never sharded: shards may be on the host
     device = next(param for param in causal_lm.parameters() if not isinstance(param, DTensor)).device
-    batch_size = batch_size if runs_packed(causal_lm.config) else 1  # types that padding may change
+    if not runs_packed(causal_lm.config) or changes_by_padding(causal_lm):
+        batch_size = 1
     pad_id = min(stop_ids, default=0)
     answers: list[list[int]] = [[] for _ in prompts]
     settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "synced_gpus": False, **options}

@@ -22,6 +22,14 @@ PACKED_TYPES: tuple[str, ...] = (
     *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3"),
     *("qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
 )
+# Proven by it too: their mixers, which have a state, compute each sample by itself (layers/mixer.py). Of the others with
+# a state, which run a row at a time, minimax has a lightning attention without a convolution to find it by, the mixer of
+# recurrent_gemma reads positions, and that of zaya is inside an attention.
+RECURRENT_TYPES: tuple[str, ...] = (
+    *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lara_mini", "lfm2"),
+    *("lfm2_moe", "lfm3", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+)
+PACKED_TYPES += RECURRENT_TYPES
 # Found by it too, and rejected.
 _NOT_CAUSAL = (
     *("bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie"),
@@ -37,7 +45,9 @@ REJECTED_TYPES = {
 }
 # With SDPA these give another result than with transformers' own attention, which is used instead.
 EAGER_TYPES: tuple[str, ...] = ("falcon",)
-_PACKED_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
+# Of a config's layer_types; the second line is of those with mixers, and of MLPs and attention beside them.
+_PACKED_LAYERS = {"full_attention", "sliding_attention"}
+_PACKED_LAYERS |= {"linear_attention", "conv", "mamba", "hybrid", "attention", "mlp", "moe"}
 LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear whose weight is transposed
 
 

@@ -28,11 +28,11 @@ from tests.rows import change_json
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
 
 # each has something of its own: a window, fused linears, caps, tables of layers, scales, Conv1D, learned positions
-QUICK = ("llama", "mistral", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
+QUICK = ("llama", "mistral", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text", "lfm2")
 QUICK_WRAPPERS = ("gemma3", "qwen3_5")
 QUICK += ("glm4_moe", "gpt_oss") if ADAPTS_EXPERTS else ("gpt_oss",)
 DRAWING = ("llama", "mixtral", "minimax_m2", "opt")  # dropout of weights, noise before a router, layerdrop
-ROW_BY_ROW = ("qwen3_5_text", "gemma2", "bloom", "modernbert-decoder", "mamba2", "llama4_text")
+ROW_BY_ROW = ("gemma2", "bloom", "modernbert-decoder", "minimax", "recurrent_gemma", "llama4_text")
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW, *families.mixtures()})
 
 

@@ -175,11 +175,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
     is_fused, is_plain = batch.fused and options.dropout == 0.0, window is None and sinks is None
     takes_loops = is_fused and is_plain and has_cpu_kernel(query, key, value)
     if expanded.has_shared:
-        key, value = (_Expand.apply(states, expanded) for states in (key, value))
+        key, value = (Expand.apply(states, expanded) for states in (key, value))
     if takes_loops:  # which compute the query of a shared token once
         return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, options.scaling))
     if expanded.has_shared:
-        query = _Expand.apply(query, expanded)
+        query = Expand.apply(query, expanded)
     if is_fused and has_ragged_kernel(query, value) and (sinks is None or not sinks.requires_grad):
         attn_out: Tensor = RaggedAttention.apply(query, key, value, sequences, options)
     elif is_fused and is_plain and has_efficient_kernel(query):
@@ -220,7 +220,7 @@ def has_efficient_kernel(query: Tensor) -> bool:
 _capability = functools.cache(torch.cuda.get_device_capability)  # asked for by every layer
 
 
-class _Expand(torch.autograd.Function):
+class Expand(torch.autograd.Function):
     """Compute ``states[gather_index]`` of a stream's states ``(n_tokens, heads, head_dim)``.
 
     Gradients of a token's copies are summed in float32, in a fixed order. On CUDA the backward of indexing would sum

@@ -22,6 +22,7 @@ from qlora_lightning.model.layers.attention import packed_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.experts import FusedExperts
 from qlora_lightning.model.layers.lora import Fused, FusedInt8Linear, FusedLoRA, base_linear, compute_dtype_of
+from qlora_lightning.model.layers.mixer import PackedMixer, pack_mixers
 from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
@@ -61,7 +62,7 @@ def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
 def distrust(model: nn.Module) -> Fusion:
     """Put the layers of transformers and PEFT back, with their adapters: the model is as without ``fuse_layers``."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Fused) and not isinstance(module, FusedExperts):  # which have no other form
+        if isinstance(module, Fused) and not isinstance(module, FusedExperts | PackedMixer):  # which have no other form
             model.set_submodule(name, module.to_layer())
     return choose_layers(model)
 
@@ -95,6 +96,8 @@ def choose_layers(model: Any) -> Fusion:
     causal_lm = _causal_lm_of(model)
     if (name := attention_of(causal_lm.config)) is not None:
         model.set_attn_implementation(name)  # whoever has set another one
+    if runs_packed(causal_lm.config):
+        pack_mixers(causal_lm)
     _set_recompute_contexts(causal_lm)
     fusion, modeling = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():

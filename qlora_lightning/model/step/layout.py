@@ -36,6 +36,8 @@ from torch import Tensor
 from qlora_lightning.sources.tensors import IGNORED
 
 _MIN_SHARED_RATIO = 32  # share one token in so many, or none: less does not pay for gathering
+_MOST_PADDING = 0.25  # of a group of samples side by side
+_CHUNK = 64  # tokens that a scan takes at a time: shorter samples are padded to it anyway
 
 
 class _DeviceMovable:
@@ -74,25 +76,65 @@ class Expansion(_DeviceMovable):
 
 
 @dataclass(frozen=True, eq=False)
+class SampleGroups(_DeviceMovable):
+    """Samples of similar lengths side by side, padded on the right, for layers whose state runs through a row.
+
+    A causal layer computes the same of a sample, whatever comes behind it.
+
+    Attributes:
+        shapes: Samples and tokens, padding included, of each group.
+        expanded: Expands the stream to all groups, one after the other. Padding repeats the last token of its sample.
+        is_stream: Whether they are the stream as it is: one group, without padding or shared tokens.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    expanded: Expansion
+    is_stream: bool
+
+
+@dataclass(frozen=True, eq=False)
 class SequenceBounds(_DeviceMovable):
-    """Where the tokens of each sample are in a stream, for attention.
+    """Where the tokens of each sample are in a stream, for layers that look at other tokens.
 
     Attributes:
         bounds: Where each sample begins among the expanded tokens, and where the last ends.
         cu_seqlens: The same for a kernel, int32.
         cu_seqlens_q: Where the queries of each sample begin in the stream: a shared token has one for all its samples.
         expanded: Every token of each sample, sample after sample.
+        gather_index: ``expanded.gather_index`` on the host.
     """
 
     bounds: tuple[int, ...]
     cu_seqlens: Tensor
     cu_seqlens_q: Tensor
     expanded: Expansion
+    gather_index: npt.NDArray[np.int64]
 
     @functools.cached_property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return max(end - start for start, end in itertools.pairwise(self.bounds))
+
+    @functools.cached_property
+    def groups(self) -> SampleGroups:
+        """The samples in groups of similar lengths, on the device of the bounds; made when a layer asks for them."""
+        starts, lengths = np.array(self.bounds[:-1]), np.diff(self.bounds)
+        groups = group_by_length(lengths.tolist())
+        shapes = tuple((len(group), int(lengths[group[0]])) for group in groups)
+        places = [
+            starts[group, None] + np.minimum(np.arange(tokens), lengths[group, None] - 1)
+            for group, (_, tokens) in zip(groups, shapes, strict=True)
+        ]
+        index = self.gather_index[np.concatenate([each.ravel() for each in places])]
+        count = len(self.expanded.first_expanded)
+        made = SampleGroups(shapes, expand(index, count), len(index) == count and len(groups) == 1)
+        return made.to(self.cu_seqlens.device)
+
+    @functools.cached_property
+    def sample_index(self) -> Tensor:
+        """The number of the sample of each expanded token, ``(1, n_expanded)``, int32."""
+        numbers = torch.arange(len(self.bounds) - 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.bounds[-1])[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,16 +249,36 @@ def bound_sequences(computed: ComputedTokens) -> SequenceBounds:
     gather_index, bounds = computed.gather_index(), [0, *np.cumsum(computed.lengths).tolist()]
     bounds_q = [0, *np.cumsum(np.subtract(computed.lengths, computed.shared)).tolist()]
     cu_seqlens, cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32), torch.tensor(bounds_q, dtype=torch.int32)
+    expanded = expand(gather_index, computed.count)
+    return SequenceBounds(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded, gather_index)
+
+
+def expand(gather_index: npt.NDArray[np.int64], count: int) -> Expansion:
+    """Return the expansion of a stream of ``count`` tokens to those of an index."""
     expanded_index = np.argsort(gather_index, kind="stable")
-    offsets = np.searchsorted(gather_index[expanded_index], np.arange(computed.count + 1))
-    expanded = Expansion(
+    offsets = np.searchsorted(gather_index[expanded_index], np.arange(count + 1))
+    return Expansion(
         torch.from_numpy(gather_index),
         torch.from_numpy(expanded_index),
         torch.from_numpy(offsets),
         torch.from_numpy(expanded_index[offsets[:-1]]),
-        has_shared=len(gather_index) != computed.count,
+        has_shared=len(gather_index) != count,
     )
-    return SequenceBounds(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded)
+
+
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Group samples of similar lengths, the longest first: of each group little is padding."""
+    groups: list[list[int]] = []
+    tokens = 0  # of the last group
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        longest, size = (lengths[groups[-1][0]], len(groups[-1]) + 1) if groups else (0, 0)
+        if groups and (longest <= _CHUNK or size * longest <= (1 + _MOST_PADDING) * (tokens + lengths[sample])):
+            groups[-1].append(sample)
+            tokens += lengths[sample]
+        else:
+            groups.append([sample])
+            tokens = lengths[sample]
+    return groups
 
 
 def sequences_of_lengths(lengths: Sequence[int]) -> SequenceBounds:

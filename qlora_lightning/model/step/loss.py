@@ -176,7 +176,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fused: bool) -> 
 def lm_head_of(causal_lm: Any) -> nn.Module:
     """Return the module that maps last hidden states to logits as the model's own forward does.
 
-    Granite divides logits by a scale, Cohere and HyperCLOVA X multiply them, Gemma 4 caps them.
+    Granite divides logits by a scale, Cohere, Falcon-H1 and HyperCLOVA X multiply them, Gemma 4 caps them.
     """
     if "sharded_head" in vars(causal_lm):
         return cast(nn.Module, causal_lm.sharded_head)
@@ -185,6 +185,7 @@ def lm_head_of(causal_lm: Any) -> nn.Module:
         return _Head(linear, lambda logits: logits)  # the model's own forward gave logits, a row at a time
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     divisor, factor, softcap = (getattr(config, name, None) for name in names)
+    factor = getattr(config, "lm_head_multiplier", factor)
     if config.model_type == "hyperclovax":  # its logits_scaling is a factor
         divisor, factor = None, divisor
     if divisor is None and factor is None and softcap is None:

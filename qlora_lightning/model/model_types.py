@@ -22,8 +22,8 @@ PACKED_TYPES: tuple[str, ...] = (
     *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3"),
     *("qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
 )
-# Proven by it too: their mixers, which have a state, compute each sample by itself (layers/mixer.py). Of the others with
-# a state, which run a row at a time, minimax has a lightning attention without a convolution to find it by, the mixer of
+# Proven by it too: their mixers, which have a state, compute samples by themselves (layers/mixer.py). Others with a
+# state run a row at a time: the lightning attention of minimax has no convolution to find it by, the mixer of
 # recurrent_gemma reads positions, and that of zaya is inside an attention.
 RECURRENT_TYPES: tuple[str, ...] = (
     *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lara_mini", "lfm2"),

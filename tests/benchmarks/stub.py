@@ -2,7 +2,7 @@
 
 Beside PEFT and, if ``--unsloth-python`` names an interpreter that has it, Unsloth, without its compilation, which takes
 many minutes. Steps of 4,096 tokens in rows of 1,024, all labelled; rank 16 on all linears, bf16, AdamW. Then steps of
-Qwen3-30B-A3B's shape, with adapters on attention.
+Qwen3-30B-A3B's shape, with adapters on attention, and of Qwen3.5-9B's, in rows of 128.
 """
 
 import argparse
@@ -95,6 +95,16 @@ def compare_mixture(sides: Sides) -> Table:
     return table
 
 
+def compare_recurrent(sides: Sides) -> Table:
+    """Return the table of steps of Qwen3.5-9B's shape in rows of 128 tokens, beside PEFT."""
+    options = {"shape": "qwen3.5-9b", "row": 128}
+    found = {side: sides.step(side, "checkpointed", **options) for side in ("ours", "peft")}
+    table = Table("Qwen3.5-9B, checkpointed", *_COLUMNS)
+    for side, figures in found.items():
+        add_row(table, side, figures, found["ours"])
+    return table
+
+
 def plan(sides: Sides, folder: Path) -> Table:
     """Return the table of fits: README's rows, with what is planned and measured."""
     write_rows(folder / "rows.jsonl", tokens_of([*range(1, 2049, 13)]))
@@ -120,6 +130,7 @@ def main() -> None:
         console.print(plan(sides, folder))
         console.print(compare(sides, arguments.repeats))
         console.print(compare_mixture(sides))
+        console.print(compare_recurrent(sides))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def make_model(shape: str, layers: int) -> Any:
 
     from qlora_lightning.model.load.build import meta_base, put_adapters
 
-    config = AutoConfig.from_pretrained(SHAPES / shape, num_hidden_layers=layers)
+    config = AutoConfig.from_pretrained(SHAPES / shape).get_text_config()
+    config.num_hidden_layers = layers
     options = {"alpha": None, "dropout": 0.0, "target_modules": "all-linear", "layers": "all", "lora_options": None}
     model = put_adapters(meta_base(config, torch.bfloat16, "nf4"), None, rank=RANK, **options)
 
@@ -83,8 +84,8 @@ def route_evenly() -> None:
     experts.sort_by_expert = sort_by_expert
 
 
-def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
-    """Return a model, and a function that computes its loss from a batch on the host, in rows of 1,024 tokens."""
+def prepare_ours(mode: str, tokens: int, shape: str, layers: int, row: int = ROW) -> Any:
+    """Return a model, and a function that computes its loss from a batch on the host, in rows of so many tokens."""
     from qlora_lightning import QLoRAModule
     from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
     from qlora_lightning.model.layers.select import fuse_layers
@@ -98,8 +99,8 @@ def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
     module.token_budget.tokens = tokens
     if mode != "plain":
         enable_activation_checkpointing(module.causal_lm, mode == "offloaded")
-    rows = tokens // ROW
-    batch = make_batch([ROW] * rows) | {"row_ids": torch.arange(rows), "source": torch.zeros(rows)}
+    rows = tokens // row
+    batch = make_batch([row] * rows) | {"row_ids": torch.arange(rows), "source": torch.zeros(rows)}
 
     def loss() -> torch.Tensor:
         return module.compute_loss(batch).loss_sum
@@ -107,9 +108,9 @@ def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
     return module.model, loss
 
 
-def prepare_rows(model: Any, tokens: int, **options: Any) -> Any:
-    """Return a peer's model, and a function that computes its loss of rows of 1,024 tokens."""
-    rows = torch.zeros(tokens // ROW, ROW, dtype=torch.int64, device="cuda")
+def prepare_rows(model: Any, tokens: int, row: int = ROW, **options: Any) -> Any:
+    """Return a peer's model, and a function that computes its loss of rows of so many tokens."""
+    rows = torch.zeros(tokens // row, row, dtype=torch.int64, device="cuda")
 
     def loss() -> Any:
         with torch.autocast("cuda", torch.bfloat16):
@@ -118,7 +119,7 @@ def prepare_rows(model: Any, tokens: int, **options: Any) -> Any:
     return model, loss
 
 
-def prepare_peft(mode: str, tokens: int, shape: str, layers: int) -> Any:
+def prepare_peft(mode: str, tokens: int, shape: str, layers: int, row: int = ROW) -> Any:
     """Prepare PEFT; its experts, in bitsandbytes' parametrization, are made dense a layer at a time."""
     from qlora_lightning.model.load import build
 
@@ -126,7 +127,7 @@ def prepare_peft(mode: str, tokens: int, shape: str, layers: int) -> Any:
     model = make_model(shape, layers)
     if mode != "plain":
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    return prepare_rows(model, tokens, use_cache=False)
+    return prepare_rows(model, tokens, row, use_cache=False)
 
 
 def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
@@ -141,12 +142,12 @@ def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
     return prepare_rows(model, tokens)
 
 
-def measure(side: str, mode: str, base: str, tokens: int, shape: str, layers: int) -> dict[str, Any]:
+def measure(side: str, mode: str, base: str, tokens: int, shape: str, layers: int, row: int = ROW) -> dict[str, Any]:
     """Take steps with AdamW: peak of memory, launches, waits, reads, and the CPU time of the host's passes."""
     if side == "unsloth":
         model, loss = prepare_unsloth(mode, tokens, base)
     else:
-        model, loss = {"ours": prepare_ours, "peft": prepare_peft}[side](mode, tokens, shape, layers)
+        model, loss = {"ours": prepare_ours, "peft": prepare_peft}[side](mode, tokens, shape, layers, row)
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], fused=True)
     milliseconds, figures = [], {}
     for number in range(12):

@@ -14,7 +14,7 @@ computed in pieces, attention's backward takes more: see _attention_bytes.) That
 (what the last norm saves, what predicts labels, the gradient) and the logits of some tokens.
 
 Layers that do not run fused are those of transformers and PEFT, and have no formula: what they save is an estimate,
-chosen high (_plain_saved_bytes).
+chosen high (_plain_saved_bytes). What a mixer, as a scan, saves is counted on a row without numbers (_mixer_bytes).
 
 It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
 memory that is left free; attention's scores if no kernel avoids them, and keys and values for all heads where samples
@@ -24,7 +24,7 @@ it is an 8-bit one. On a CPU it only tells whether memory is short.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -34,13 +34,16 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_lightning.model.activation_checkpointing import Checkpointing
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.layers.experts import PackedExperts, experts_per_token
+from qlora_lightning.model.layers.mixer import PackedMixer
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, linear_sizes, runs_packed
 from qlora_lightning.model.sharded import shards_vocabulary
+from qlora_lightning.model.step.layout import MOST_PADDING
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
 
 FLOAT = 4  # bytes of a float32
@@ -48,6 +51,7 @@ CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context and kernels: some 300 to 
 _CUBLAS_BYTES = 2 * 32 << 20  # workspaces of the threads of forward and backward: 32 MiB each on 9.0, 8 on others
 _ROUNDED = 0.03  # of what trains: a block may be up to 1 MiB larger than asked for
 _BATCH_BYTES = 1024  # of a token: ids, positions, angles, the loss
+_MIXER_TOKENS = 512  # of a row in which a mixer is counted
 _PLAIN_MLP_STATES = 4  # in backward of a layer that is not fused
 
 
@@ -152,6 +156,9 @@ def build_step_memory(
     # an MLP's state, and those of all of a token's experts
     mlp = max([*map(max, sizes), *(experts_per_token(causal_lm.config) * max(module.shape[1:]) for module in experts)])
     in_int8 = [linear_sizes(module) for module in layers[-1].modules() if isinstance(module, bnb.nn.Linear8bitLt)]
+    found = {type(each): each for layer in layers for each in layer.children() if isinstance(each, PackedMixer)}
+    row = math.ceil(min(row_tokens, _MIXER_TOKENS))
+    mixers = {kind: _mixer_bytes(each, causal_lm.config.hidden_size, dtype, row) for kind, each in found.items()}
     head = lm_head_of(causal_lm)
     vocabulary = len(causal_lm.get_output_embeddings().weight)
     # a frozen head's gradient overwrites its logits; else autograd has these in float32, their log-softmax, and both's
@@ -163,7 +170,7 @@ def build_step_memory(
         logit_rows=logits_chunk_size(vocabulary, dtype.itemsize, "cuda"),
         held_logits=0 if runs_packed(causal_lm.config) else 3 * vocabulary * dtype.itemsize,
         layers=len(layers),
-        saved=fmean(_saved_bytes(causal_lm.config, layer, dtype) for layer in layers),
+        saved=fmean(_saved_bytes(causal_lm.config, layer, dtype, mixers) for layer in layers),
         mlp=mlp * dtype.itemsize,
         is_fused=_is_fused(layers[-1]),
         attention=_attention_bytes(layers[-1], dtype, row_tokens) if _is_fused(layers[-1]) else 0,
@@ -178,10 +185,11 @@ def _is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedDecoderLayer) and layer.fallback_reason is None
 
 
-def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype) -> float:
-    """Return the bytes per token that a layer saves for backward."""
+def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype, mixers: Mapping[type, float]) -> float:
+    """Return the bytes per token that a layer saves for backward; ``mixers`` are those of each class of mixers."""
     if not _is_fused(layer):
-        return _plain_saved_bytes(config, layer, dtype)
+        in_mixers = sum(mixers.get(type(module), 0.0) for module in layer.children())
+        return _plain_saved_bytes(config, layer, dtype) + (1 + MOST_PADDING) * in_mixers
     attention = layer.self_attn
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     heads = queries // attention.head_dim
@@ -209,6 +217,30 @@ def _plain_saved_bytes(config: Any, layer: nn.Module, dtype: torch.dtype) -> flo
     states = sum(map(sum, sizes)) + experts_per_token(config) * sum(map(sum, expert_sizes))
     saved = 2 * states * dtype.itemsize + 8 * config.hidden_size * FLOAT
     return float(saved if runs_packed(config) else 2 * saved)
+
+
+def _mixer_bytes(mixer: Any, width: int, dtype: torch.dtype, row_tokens: int) -> float:
+    """Return the bytes per token of a row that a mixer saves between its linears, in the operations of torch.
+
+    It runs on the meta device, with dense linears in the place of quantized ones. Kernels, where they are installed,
+    save less.
+    """
+    linears = {name: each for name, each in mixer.named_children() if isinstance(each, (LoraLayer, *LINEARS))}
+    saved: dict[Any, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for name, linear in linears.items():
+        mixer.set_submodule(name, nn.Linear(*linear_sizes(linear), device="meta", dtype=dtype).requires_grad_(False))
+    states = torch.empty(1, row_tokens, width, device="meta", dtype=dtype, requires_grad=True)
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        mixer(states)
+    weights = {param.untyped_storage() for param in mixer.parameters()}
+    for name, linear in linears.items():
+        mixer.set_submodule(name, linear)
+    return sum(size for storage, size in saved.items() if storage not in weights) / row_tokens
 
 
 def _attention_bytes(layer: Any, dtype: torch.dtype, row_tokens: float) -> int:

@@ -9,7 +9,7 @@ import yaml
 from tests.benchmarks.communication import sent
 from tests.distributed.runs import CONFIG, launch
 from tests.equality import adapter_bytes, metrics
-from tests.random_base import save_random_llama, save_tokenizer
+from tests.random_base import save_family, save_random_llama, save_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +30,7 @@ ALIKE = {  # what slow runs differ in
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false", "--model.neftune_alpha", "5"],
     "tied": ["--model.base", "tiny"],
     "parts": ["--model.micro_batch_tokens", "40"],  # of which each process has its own number
+    "recurrent": ["--model.base", "recurrent", *CHECKPOINTING],
     "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
 
@@ -56,6 +57,7 @@ def runs(folder):
     save_tokenizer(folder / "untied", (folder / "rows.jsonl").read_text().splitlines(), size=512)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
     save_random_llama(folder / "untied", torch.float32, **sizes, tie_word_embeddings=False)
+    save_family(folder / "recurrent", "qwen3_5_text", folder / "untied")
     callbacks = [{"class_path": "hooks.Weigh"}, {"class_path": "tests.benchmarks.communication.Traffic"}]
     model, trainer = {**CONFIG["model"], "base": "untied"}, {**CONFIG["trainer"], "callbacks": callbacks}
     (folder / "sharded.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "trainer": trainer}))

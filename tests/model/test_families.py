@@ -148,9 +148,15 @@ def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path,
 
 @pytest.mark.parametrize(
     ("model_type", "options"),
-    [slow("gemma3", []), *([slow("glm4_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)],
+    [
+        slow("gemma3", []),
+        slow("qwen3_5_text", []),
+        *([slow("glm4_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS),
+    ],
 )
-def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_path, tiny_base, rows_file, capsys):
+def test_wrappers_mixtures_and_recurrent_types_are_used_as_any_base(
+    model_type, options, tmp_path, tiny_base, rows_file, capsys
+):
     base = save_family(tmp_path / "base", model_type, tiny_base)
     options = [*options, f"--model.base={base}", f"--data.train={rows_file}", "--data.batch_size=2"]
 
@@ -168,7 +174,9 @@ def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_pat
     adapter = ["--adapter", str(tmp_path / "whole")]
     capsys.readouterr()
     assert main(["plan", *options, "--device-memory=4GiB"]) == 0
-    names = {"self_attn.q_proj", *([] if is_wrapper else ["mlp.experts.down_proj", "mlp.shared_experts.down_proj"])}
+    names = {"self_attn.q_proj"}
+    names |= {"mlp.experts.down_proj", "mlp.shared_experts.down_proj"} if model_type == "glm4_moe" else set()
+    names |= {"linear_attn.in_proj_qkv"} if model_type == "qwen3_5_text" else set()
     assert names <= {*capsys.readouterr().out.split()}
     assert main(["evaluate", *adapter, f"--data.val={rows_file}", "--evaluation.rows=2"]) == 0
     assert main(["chat", *adapter, "--prompt", "Hi", "--max-new-tokens", "3"]) == 0
@@ -248,6 +256,7 @@ def test_buffers_of_a_base_are_merged(tmp_path, tiny_base):
 
 PLAIN, EXPERTS = {"quantization": "none"}, {"target_experts": True}
 WHOLE = [("mixtral", EXPERTS if ADAPTS_EXPERTS else {}), slow("gemma3_text", PLAIN), slow("gpt_oss", EXPERTS)]
+WHOLE += [slow("lfm2", {}), slow("qwen3_5_moe_text", EXPERTS), slow("granitemoehybrid", {})]
 
 
 @pytest.mark.slow

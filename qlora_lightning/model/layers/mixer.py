@@ -43,6 +43,15 @@ def changes_by_padding(causal_lm: Any) -> bool:
     return any(linear.bias is not None and linear_sizes(linear)[0] == width for linear in linears)
 
 
+def has_kernels(device: torch.device, delta_rule: bool) -> bool:
+    """Whether kernels for the convolution, and if asked for the delta rule, are installed and run on a device."""
+    return (
+        device.type == "cuda"
+        and is_causal_conv1d_available()
+        and (not delta_rule or is_flash_linear_attention_available())
+    )
+
+
 class PackedMixer(Fused):
     """A mixer of transformers that computes each sample of a packed batch by itself.
 
@@ -75,8 +84,10 @@ class PackedMixer(Fused):
 
     def _kernel_bounds(self, hidden_states: Tensor, sequences: SequenceBounds) -> dict[str, Tensor] | None:
         """Return what tells the kernels of this mixer where samples are; ``None`` if they are not installed."""
-        if not hidden_states.is_cuda or not is_causal_conv1d_available():
+        is_delta_rule = self.model_type in _DELTA_RULE
+        if not is_delta_rule and self.model_type not in _CONVOLUTION:
             return None
-        if self.model_type in _DELTA_RULE and is_flash_linear_attention_available():
-            return {"cu_seq_lens_q": sequences.cu_seqlens, "seq_idx": sequences.sample_index}
-        return {"seq_idx": sequences.sample_index} if self.model_type in _CONVOLUTION else None
+        if not has_kernels(hidden_states.device, is_delta_rule):
+            return None
+        bounds = {"seq_idx": sequences.sample_index}
+        return bounds | {"cu_seq_lens_q": sequences.cu_seqlens} if is_delta_rule else bounds

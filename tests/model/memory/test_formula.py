@@ -3,18 +3,19 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from qlora_lightning.model.activation_checkpointing import Checkpointing, enable_activation_checkpointing
 from qlora_lightning.model.cpu.library import find_function
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory.formula import build_step_memory
-from tests import steps
+from qlora_lightning.model.model_types import RECURRENT_TYPES
+from tests import families, steps
 
 
 def build(config, quantization="nf4", dtype=torch.bfloat16, **options):
-    if not isinstance(config, LlamaConfig):
+    if not isinstance(config, PreTrainedConfig):
         config = LlamaConfig.from_pretrained(config)
     model = put_adapters(meta_base(config, dtype, quantization), None, **{"rank": 4, **options}).to("meta")
     fuse_layers(model)
@@ -65,6 +66,17 @@ def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, check
     # the head: the last norm keeps float32 states on a CPU; of the loss each state's gradient and index
     head = sum(LENGTHS) * ((4 + dtype.itemsize) * 64 + 4 + 8)
     assert least <= count_kept(module, batch) / (planned + head) <= most
+
+
+RECURRENT = [each if each == "lfm2" else pytest.param(each, marks=pytest.mark.slow) for each in RECURRENT_TYPES]
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_what_mixers_keep_is_planned_generously(model_type, tmp_path):
+    families.save_random(tmp_path, model_type)
+    module, batch = steps.make_module(tmp_path, quantization="none"), steps.make_batch(LENGTHS)
+    step = build_step_memory(build(AutoConfig.from_pretrained(tmp_path), "none", torch.float32), torch.float32)
+    assert 0.3 <= count_kept(module, batch) / step.parts(sum(LENGTHS), Checkpointing())["activations"] <= 1.0
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------

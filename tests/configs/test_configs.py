@@ -11,6 +11,7 @@ from tests.random_base import save_family
 ROOT = Path(__file__).parents[2]
 FAMILIES = {"gemma-4-e2b": "gemma4", "mistral-7b": "mistral", "phi-4": "phi3", "qwen3-4b": "qwen3"}
 FAMILIES |= {"qwen3.5-9b": "qwen3_5", "qwen3-30b-a3b": "qwen3_moe", "gpt-oss-20b": "gpt_oss"}
+FAMILIES |= {"lfm2.5-1.2b": "lfm2"}
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

@@ -12,7 +12,7 @@ from qlora_lightning.model.model_types import RECURRENT_TYPES
 from qlora_lightning.model.step.layout import sequences_of_lengths
 from tests import families
 from tests.processes import run_python
-from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
+from tests.steps import distance, loss_and_gradients, make_batch, make_module
 
 QUICK = ("qwen3_5_text", "lfm2")
 TYPES = [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in RECURRENT_TYPES]
@@ -38,6 +38,12 @@ def step_of_rows_alone(module, batch):
     losses, gradients = zip(*(loss_and_gradients(module, row) for row in rows), strict=True)
     loss = sum(count * each for count, each in zip(labels, losses, strict=True)) / sum(labels)
     return loss, sum(gradients)
+
+
+def assert_same_step(one, other):
+    """To what `python -m tests.families` asks for: some scans add up in another order."""
+    assert abs(one[0] / other[0] - 1) <= 1e-5
+    assert distance(one[1], other[1]) <= 1e-4
 
 
 def build(tmp_path, model_type, **options):

@@ -18,7 +18,8 @@ An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last 
     expanded_offsets 0 1 3 5 7 8          where in expanded_index those of each stream index begin, and the last end
     first_expanded   3 0 1 2 7            the first of those of each stream index
 
-Attention gathers its states by ``gather_index``; their gradients are summed over ``expanded_index``.
+Attention gathers its states by ``gather_index``; their gradients are summed over ``expanded_index``. Layers with a
+state gather theirs side by side (:class:`SampleGroups`).
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ import torch
 
 from qlora_lightning import PreferenceModule
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.layers.experts import experts_of
 from qlora_lightning.model.model_types import RECURRENT_TYPES
 from qlora_lightning.model.step.layout import sequences_of_lengths
 from tests import families
@@ -76,7 +77,7 @@ def test_a_packed_step_is_that_of_rows_alone_also_where_samples_begin_alike(mode
 @pytest.mark.parametrize("model_type", TYPES)
 def test_no_other_sample_changes_a_bit_of_one(model_type, tmp_path):
     module, batch = build(tmp_path, model_type).eval(), make_batch(LENGTHS)
-    others = make_batch(LENGTHS, seed=2)["input_ids"]
+    others, has_experts = make_batch(LENGTHS, seed=2)["input_ids"], bool(experts_of(module.causal_lm))
 
     def states(ids):
         micro_batch = module.micro_batch_of({**batch, "input_ids": ids})
@@ -86,12 +87,15 @@ def test_no_other_sample_changes_a_bit_of_one(model_type, tmp_path):
     for sample, (start, end) in enumerate(itertools.pairwise(batch["cu_seqlens"].tolist())):
         ids = others.clone()
         ids[:, start:end] = batch["input_ids"][:, start:end]
-        assert torch.equal(states(ids)[sample], together[sample])
+        found = states(ids)[sample]
+        # in a mixture the number of rows of an expert's product, and so the order of its sums, is up to all samples
+        assert torch.equal(found, together[sample]) or (has_experts and distance(found, together[sample]) <= 1e-5)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_checkpointing_changes_no_bit_also_with_dropout(model_type, tmp_path):
-    module, batch, steps = build(tmp_path, model_type, dropout=0.1), batch_beginning_alike(), []
+    dropout = 0.0 if model_type == "qwen3_next" else 0.1  # whose MLPs beside experts take none
+    module, batch, steps = build(tmp_path, model_type, dropout=dropout), batch_beginning_alike(), []
     for choice in (Checkpointing(), Checkpointing(True)):
         switch_checkpointing(module.causal_lm, Checkpointing(), choice)
         module.choose_layers()

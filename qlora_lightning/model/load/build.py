@@ -46,7 +46,8 @@ def assemble_model(
     """
     if adapter is not None:
         read_identity(find_adapter_folder(adapter))  # reports a wrong name before loading
-    loaded = load_base(**base_options)
+    with torch.random.fork_rng(devices=[]):  # some types draw weights first, unless the base comes from the cache
+        loaded = load_base(**base_options)
     identity = {**loaded.identity}
     return complete_model(loaded.model, identity, adapter, adapter_options, fast), identity
 

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt
 
 from qlora_lightning.commands.options import OptionParser, expand_path
+from qlora_lightning.sources.folders import stored_format
 from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -71,6 +72,8 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         quantization, compute_dtype = "none", "float32"
     if (source.folder / EXTRA).is_file():
         say(f"{source.folder / EXTRA}, trained beside the adapter, is not merged: the base has no place for it.")
+    if stored_as := stored_format(source.base.folder):
+        say(f"{source.base.name} is published in {stored_as}. The merged model is written in {dtype}, which is larger.")
     plan = Merge(source.base.folder, source.folder)
     weights = TrainedWeights(source.base, plan, quantization, source.double_quant, getattr(torch, compute_dtype))
     batch = None

@@ -71,7 +71,7 @@ def write_weights(
         for shard, names in shards.filename_to_tensors.items():
             for name in names:
                 if name in plan.copied:
-                    tensors[name] = base_files.read(name)
+                    tensors[name] = base_files.read(name, dtype)
                 elif name not in tensors:
                     name_in_model = names_in_model[name]
                     merged = plan.merge(name_in_model, weights(name_in_model))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.commands.recipes import recipes_folder
-from qlora_lightning.sources.folders import open_base
+from qlora_lightning.sources.folders import open_base, size_of_weights, stored_format
 from qlora_lightning.sources.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.support.console import count_of, make_table, terminal
 from qlora_lightning.support.errors import UserError
@@ -98,7 +98,7 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
     offload = SHARDED_STRATEGIES.get(str(trainer["strategy"]))  # None: the base is not sharded
     if offload is not None:
         check_trainer("32-true", ShardedDDPStrategy, module.quantization)
-    config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
+    config, origin, folder = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     offload = offload if is_cuda or offload is None else False
 
@@ -141,6 +141,8 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
             "name": module.base,
             "config": origin,
             "quantization": module.quantization,
+            "stored_as": stored_format(folder),
+            "stored_bytes": size_of_weights(folder),  # what a download fetches
             "parameters": n_parameters - n_trainable,
         },
         "adapters": {"parameters": n_trainable},
@@ -252,8 +254,8 @@ def count_devices(trainer: Mapping[str, Any]) -> int:
 # ---- config without weights ------------------------------------------------------------------------------------------
 
 
-def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
-    """Return transformers' config of a ``model.base``, and where it comes from.
+def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str, Path]:
+    """Return transformers' config of a ``model.base``, where it comes from, and its folder.
 
     A hub id that cannot be fetched is looked up among the shapes that come with the recipes.
     """
@@ -270,7 +272,7 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    return open_text_config(folder, name, trust_remote_code), origin
+    return open_text_config(folder, name, trust_remote_code), origin, folder
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -281,6 +283,9 @@ def _print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     base, n_trainable, parts = plan["base"], plan["adapters"]["parameters"], plan["memory"]["parts"]
     run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
     console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
+    if base["stored_bytes"]:
+        stored_as = f" ({base['stored_as']})" if base["stored_as"] else ""
+        console.print(f"Its files of weights have {format_bytes(base['stored_bytes'])}{stored_as}.")
     console.print(_model_table(model))
     share = n_trainable / (base["parameters"] + n_trainable)
     console.print(f"{base['parameters']:,} parameters are frozen, {n_trainable:,} train ({share:.2%}).")

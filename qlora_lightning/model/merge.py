@@ -48,7 +48,7 @@ class TrainedWeights:
                 f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.",
                 "base.tensors",
             )
-        tensor = self._files.read(stored_name)
+        tensor = self._files.read(stored_name)  # fp32 if it is stored in FP8, and rounded below as it is when loaded
         if tensor.dtype == torch.uint8:
             keys = [key for key in self._files if key.startswith(f"{stored_name}.")]
             quant_tensors = {key.removeprefix(f"{stored_name}."): self._files.read(key) for key in keys}

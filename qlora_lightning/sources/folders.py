@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from yaml import YAMLError
 
 from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
+from qlora_lightning.sources.fp8 import OF_ACTIVATIONS, Fp8Layout, dequantize_fp8, fp8_layout
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, bounded, explaining
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 # code is never run unless trust_remote_code
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py", files.CARD]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_EXPANDED = "mxfp4"  # quant_method of gpt-oss, whose experts are read as 16 bits
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Correct it, or download or save the base again."
 # A token that sees the ones behind it, as in EmbeddingGemma, would see its label.
@@ -117,17 +118,40 @@ def _find_in_package(name: str) -> Path:
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the folder's ``config.json``, of which the keys that we read are checked."""
+    """Return the folder's ``config.json``, of which the keys that we read are checked.
+
+    It has no ``quantization_config`` if the weights are dequantized as they are read, see :func:`stored_format`.
+    """
+    config = _read_whole_config(folder, name)
+    if _format_of(config) is not None:
+        del config["quantization_config"]
+    return config
+
+
+def stored_format(folder: Path) -> str | None:
+    """Return the ``quant_method`` of a base whose weights are dequantized as they are read: FP8, or gpt-oss's MXFP4."""
+    return _format_of(_read_whole_config(folder, str(folder)))
+
+
+def open_fp8(folder: Path) -> Fp8Layout | None:
+    """Return the layout of a base in FP8; ``None`` of any other folder."""
+    return fp8_layout(_read_whole_config(folder, str(folder)).get("quantization_config") or {})
+
+
+def _format_of(config: dict[str, Any]) -> str | None:
+    settings = config.get("quantization_config") or {}
+    method = settings.get("quant_method")
+    return str(method) if method == "mxfp4" or fp8_layout(settings) is not None else None
+
+
+def _read_whole_config(folder: Path, name: str) -> dict[str, Any]:
     files.check_plain_files(folder)
     file = folder / "config.json"
     is_adapter = (folder / "adapter_config.json").is_file()  # transformers would load it, unseen by the fingerprint
     if is_adapter or not file.is_file():
         found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
         raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.", "base.folder")
-    config = files.read_json_object(file, _REMEDY, _CONFIG_KEYS)
-    if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
-        del config["quantization_config"]
-    return config
+    return files.read_json_object(file, _REMEDY, _CONFIG_KEYS)
 
 
 def read_license(folder: Path) -> str | None:
@@ -144,12 +168,12 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return transformers' config of a folder."""
     from transformers import AutoConfig
 
-    read_config(folder, str(folder))
+    stored = read_config(folder, str(folder))
     with explaining_base(folder, is_bounded=True):
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **FIXED_KEYS
         )
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == _EXPANDED:
+    if "quantization_config" not in stored and hasattr(config, "quantization_config"):
         del config.quantization_config
     for key in WRAPPER_KEYS:
         vars(config).pop(key, None)
@@ -177,6 +201,19 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in sorted({*content["weight_map"].values()})]
 
 
+def size_of_weights(folder: Path) -> int | None:
+    """Return the bytes of a base's files of weights, by their index before they are fetched; ``None`` if unknown."""
+    try:
+        return sum(file.stat().st_size for file in weight_files(folder))
+    except FileNotFoundError:
+        keys = {"metadata": {"total_size": float | None}}
+        index = files.read_json_object(folder / "model.safetensors.index.json", _REMEDY, keys)
+        size = (index.get("metadata") or {}).get("total_size")
+        return None if size is None else int(size)
+    except UserError:
+        return None
+
+
 def load_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerFast":
@@ -201,22 +238,40 @@ def load_tokenizer(
 
 
 class TensorFiles:
-    """Reads tensors by name, each from its own memory mapping: pages of a shared one would stay resident."""
+    """Reads tensors by name, each from its own memory mapping: pages of a shared one would stay resident.
+
+    A weight that is stored in FP8 is read dequantized; its scales are no tensors by themselves.
+
+    Attributes:
+        fp8: The layout of a base in FP8; ``None`` of any other folder.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._files = dict[str, Path]()
+        self._files, self._scales = dict[str, Path](), dict[str, Path]()
         for file in weight_files(folder):
             for key in tensor_names(file):
                 if self._files.setdefault(key, file) != file:
                     raise UserError(f"{file} and {self._files[key].name} both have {key}. {_REMEDY}", "base.tensors")
+        self.fp8 = open_fp8(folder)
+        if self.fp8 is not None:
+            names = {f"{key}{self.fp8.suffix}" for key in self._files}
+            self._scales = {key: self._files.pop(key) for key in names & self._files.keys()}
+            self._files = {key: file for key, file in self._files.items() if not key.endswith(OF_ACTIVATIONS)}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def read(self, name: str) -> "Tensor":
-        """Read one tensor, in the dtype in which it is stored."""
+    def read(self, name: str, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu") -> "Tensor":
+        """Read one tensor as it is stored; FP8 is dequantized on ``device``, to fp32 or ``dtype``."""
+        import torch
+
         tensor: Tensor = open_tensors(self._files[name]).get_tensor(name)
-        return tensor
+        if self.fp8 is None or tensor.itemsize > 1:
+            return tensor
+        scales_name = f"{name}{self.fp8.suffix}"
+        with explaining(f"{self._files[name]}: {name} is not stored as its config.json says, in FP8", "base.tensors"):
+            scales = open_tensors(self._scales[scales_name]).get_tensor(scales_name)
+            return dequantize_fp8(tensor.to(device), scales.to(device), self.fp8.block, dtype or torch.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Read the shape of each tensor."""
@@ -291,7 +346,7 @@ _IDENTITY: dict[str, Any] = {
     "quantization": Literal["nf4", "fp4", "int8", "none", None],
     "compute_dtype": Literal["bfloat16", "float16", "float32", None],
     **{"format_version": int | None, "double_quant": _SWITCH, "own_base": _SWITCH, "adapter": dict | None},
-    **dict.fromkeys(("base", "revision", "fingerprint", "reference"), _TEXT),
+    **dict.fromkeys(("base", "revision", "fingerprint", "reference", "stored_as"), _TEXT),
     "data": {
         "samples": dict | None,
         "settings": {"max_length": int | None, **dict.fromkeys(("system", "train_on", "reasoning", "too_long"), _TEXT)},

@@ -70,6 +70,12 @@ _EXPERTS_NOTE = """
 The experts of this mixture were in {quantization} in training. These lines load them in 16 bits, as bitsandbytes does:
 that takes their full memory, and answers differ a little.
 """
+_STORED_NOTE = """
+The base is published in {stored_as}, and was dequantized and held as {quantization} in training. These lines load it in
+16 bits: transformers does not quantize it again, and answers differ a little.
+"""
+# transformers' configs that load in 16 bits what is published in fewer
+_DEQUANTIZERS = {"fp8": "FineGrainedFP8Config", "compressed-tensors": "CompressedTensorsConfig", "mxfp4": "Mxfp4Config"}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -179,7 +185,8 @@ def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Modu
         tags=["lora", "qlora"],
     )
     has_packed_experts = any(isinstance(module, PackedExperts) for module in model.modules())
-    note = _EXPERTS_NOTE.format(**identity) if has_packed_experts else ""
+    note = _STORED_NOTE if identity.get("stored_as") else _EXPERTS_NOTE if has_packed_experts else ""
+    note = note.format(**identity)
     note += _EXTRA_NOTE.format(names=", ".join(extra)) if extra else ""
     return _CARD.format(metadata=metadata, snippet=snippet, note=note, **identity)
 
@@ -195,7 +202,10 @@ def _loading_snippet(identity: Mapping[str, Any]) -> str:
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{identity["quantization"]}", '
         settings += f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
     options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained(".")'
-    if identity["quantization"] != "none":
+    quantizer = _DEQUANTIZERS.get(identity.get("stored_as", ""), "BitsAndBytesConfig")
+    if quantizer != "BitsAndBytesConfig":
+        options += f", quantization_config={quantizer}(dequantize=True)"
+    elif identity["quantization"] != "none":
         options += f", quantization_config=BitsAndBytesConfig({settings})"
     imports, classes = "AutoPeftModelForCausalLM", ""
     load = f'AutoPeftModelForCausalLM.from_pretrained(".", {options})'
@@ -204,7 +214,7 @@ def _loading_snippet(identity: Mapping[str, Any]) -> str:
         base = 'PeftConfig.from_pretrained(".").base_model_name_or_path'
         load = f'PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), ".")'
     return (
-        f"from peft import {imports}; from transformers import {classes}AutoTokenizer, BitsAndBytesConfig, "
+        f"from peft import {imports}; from transformers import {classes}AutoTokenizer, {quantizer}, "
         "GenerationConfig\n"
         f"model = {load}\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")'

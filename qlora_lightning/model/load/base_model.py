@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from qlora_lightning.model.layers import experts
 from qlora_lightning.model.layers.select import attention_of
@@ -55,10 +55,11 @@ def load_base(
     section 3.
     """
     check_arguments("model", load_base, {"quantization": quantization})
-    source = folders.open_base(name, revision)
+    source = folders.open_base(name, revision, weights=False)
     config = open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
     stored = folders.read_config(source.folder, name).get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
+    source = folders.open_base(name, source.revision)  # now the weights
     folder, bnb_config = source.folder, None
     try:
         if stored is None and quantization != "none":
@@ -90,6 +91,8 @@ def load_base(
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "license": folders.read_license(source.folder),
     }
+    if (stored_as := folders.stored_format(source.folder)) is not None:
+        identity["stored_as"] = stored_as
     if hasattr(config, "wrapper"):
         identity["wrapper"] = config.wrapper
         for key in folders.WRAPPER_KEYS:  # those of a cached text are not read from its file
@@ -139,6 +142,8 @@ def quantized_folder(
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }
+    if (layout := folders.open_fp8(source.folder)) is not None:
+        key["fp8"] = str(layout)
     return cached_folder("quantized", key, build, label=f"{source.name} {quantization}")
 
 
@@ -151,7 +156,8 @@ def _load(
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     config = open_text_config(folder, str(folder), trust_remote_code)
-    shapes = folders.TensorFiles(folder).shapes()
+    tensors = folders.TensorFiles(folder)
+    shapes = tensors.shapes()
     names = names_in_text(folder, config, shapes)
     left_out = shapes.keys() - names.keys()  # of what else than text a model reads
     shapes = {name: shapes[stored_name] for stored_name, name in names.items()}
@@ -160,7 +166,8 @@ def _load(
             f"The experts of {folder} are stored in MXFP4: set model.quantization to nf4 or fp4.", "model.quantization"
         )
     mismatched, tied = set[tuple[str]](), set[str]()
-    if bnb_config is not None or not trust_remote_code:  # a base's own code may not run on the meta device
+    needs_class = bnb_config is not None or tensors.fp8 is not None
+    if needs_class or not trust_remote_code:  # a base's own code may not run on the meta device
         described = empty_model(config, trust_remote_code=trust_remote_code)
         tied = {*described.all_tied_weights_keys}
         n_described, n_stored = sum(map(torch.numel, described.parameters())), sum(map(math.prod, shapes.values()))
@@ -176,20 +183,27 @@ def _load(
             if experts.experts_of(described):
                 bnb_config = experts.ExpertsConfig(**bnb_config.to_diff_dict())
             # transformers compares no shape of what it quantizes
-            weights = dict(described.named_parameters())
-            mismatched = {(name,) for name in weights.keys() & shapes.keys() if weights[name].shape != shapes[name]}
+            sizes = {name: parameter.shape for name, parameter in described.named_parameters()}
+            mismatched = {(name,) for name in sizes.keys() & shapes.keys() if sizes[name] != shapes[name]}
     experts.register_experts()  # a cached base may have them
+    loader: Any = AutoModelForCausalLM
+    weights: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    if tensors.fp8 is not None:
+        loader = type(described)  # the other takes no tensors
+        state_dict = {name: _DequantizedOnRead(tensors, name, dtype, device) for name in tensors}
+        weights = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
+        if (folder / "generation_config.json").is_file():
+            weights["generation_config"] = GenerationConfig.from_pretrained(folder)
     bars = _quiet_bars() if bnb_config is None else contextlib.nullcontext()
     with bars, quiet_loggers(logging.ERROR, "transformers"), folders.explaining_base(folder):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+        model, report = loader.from_pretrained(
+            **weights,
             config=config,
             key_mapping=key_mapping(names),
             dtype=dtype,
             device_map={"": torch.device(device)},
             attn_implementation=attention_of(config),
             experts_implementation=None,
-            use_safetensors=True,
             use_kernels=False,  # transformers 5.25 fetches code of layers from the hub by default
             local_files_only=True,
             trust_remote_code=trust_remote_code,
@@ -205,6 +219,19 @@ def _load(
         model.config.has_own_code = True
         model.set_attn_implementation("sdpa")
     return cast(PreTrainedModel, model)
+
+
+class _DequantizedOnRead:
+    """A tensor of a base in FP8 that is read when transformers slices it, as it does with those of safetensors files.
+
+    transformers' own quantizer of FP8 cannot run beside that of bitsandbytes, and rounds scales to the base's dtype.
+    """
+
+    def __init__(self, files: folders.TensorFiles, name: str, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._read = functools.partial(files.read, name, dtype, device)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._read()[index]
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -257,7 +284,8 @@ def _is_restored(width: int, quant_type: str) -> bool:
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the quantization that a base's ``quantization_config`` names, and whether it covers the scales."""
-    kind = f"{settings.get('quant_method', 'unknown')} (not by bitsandbytes)"
+    names = [settings.get(key) for key in ("quant_method", "quant_algo", "format")]  # such as modelopt, NVFP4
+    kind = f"{' '.join(str(name) for name in names if name) or 'unknown'} (not by bitsandbytes)"
     if settings.get("load_in_8bit"):
         kind = "int8"
     elif settings.get("load_in_4bit"):
@@ -277,9 +305,10 @@ def check_quantization(
         return double_quant
     kind, double_quant = stored_quantization(stored)
     if kind != quantization:
+        choice = f"set that to {kind}" if kind in get_args(Quantization) else "name the same model in FP8"
         raise UserError(
-            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: set that to "
-            f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits.",
+            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: {choice}, or "
+            "name one in 16 bits.",
             "model.quantization",
         )
     return double_quant

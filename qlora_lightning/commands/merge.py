@@ -25,6 +25,7 @@ compared with base and adapter on validation rows, and kept only if they agree; 
 _EPILOG = """examples:
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/merged
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/gguf --gguf q8_0 --rows 16
+  qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/lora --adapter-gguf f16
 
 The validation rows are those of the run's config.yaml beside the adapter folder; --config FILE, or options of fit such
 as --data.val FILE, name others. q4_k_m, q5_k_m and q6_k are quantized by llama.cpp's own program llama-quantize; where
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
     add("--dtype", choices=tuple(_DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
     gguf_help = "write a GGUF file for llama.cpp, and a Modelfile for Ollama, too"
     add("--gguf", choices=("q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16"), help=gguf_help)
+    alone_help = "write the adapter alone, as a GGUF file for llama.cpp's --lora, and merge nothing"
+    add("--adapter-gguf", choices=("f16", "f32"), help=alone_help)
     rows_help = "validation rows to check on (default: 8; 0: no check)"
     add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
     add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
@@ -53,8 +56,32 @@ def main(argv: Sequence[str]) -> int:
             f"(with {MERGE_RECORD} in it).",
             "out.exists",
         )
-    _merge(options, fit_options)
+    if options.adapter_gguf:
+        _write_adapter(options)
+    else:
+        _merge(options, fit_options)
     return 0
+
+
+def _write_adapter(options: argparse.Namespace) -> None:
+    """Write the adapter alone as a GGUF file."""
+    from qlora_lightning.model.adapters.trained import find_adapter
+    from qlora_lightning.model.load.wrapped import open_text_config
+    from qlora_lightning.sources.folders import read_adapter_config
+    from qlora_lightning.sources.gguf import write_adapter
+
+    source, name = find_adapter(options.adapter, options.base), f"adapter-{options.adapter_gguf}.gguf"
+    if (source.folder / EXTRA).is_file():
+        say(f"{source.folder / EXTRA}, trained beside the adapter, is not written: llama.cpp has no place for it.")
+    config = open_text_config(source.base.folder, source.base.name)
+    with naming_file(options.out), _atomic_folder(options.out) as folder:
+        settings = read_adapter_config(source.folder)
+        write_adapter(folder / name, source.folder, settings, config, options.adapter_gguf)
+        size = (folder / name).stat().st_size
+        write_whole(folder / MERGE_RECORD, {"adapter": str(source.folder), "files": {name: size}})
+    say(f"{options.out / name}  {format_bytes(size)}")
+    say("Run it beside a GGUF file of its base:")
+    say(f"    llama-cli -m BASE.gguf --lora {options.out / name}")
 
 
 def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ import gc
 import itertools
 import json
 import math
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from qlora_lightning.model.load.wrapped import is_wrapper
 from qlora_lightning.model.merge import Merge, TrainedWeights
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.sources import folders
-from qlora_lightning.sources.gguf import rope_factors
+from qlora_lightning.sources.gguf import CONVERT, architecture_of, permute_rows, rope_factors
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import count_of, progress_counter, say
 from qlora_lightning.support.errors import UserError
@@ -44,8 +43,6 @@ from qlora_lightning.support.files import read_json_object, set_usual_mode, writ
 Array = npt.NDArray[Any]
 _LOGIT_BYTES = 200_000_000  # the reference's logits are kept: 1,000 tokens of 50,000 numbers
 _MAX_KL, _MAX_KL_OF_K_QUANTS = 1e-2, {"q4_k_m": 0.25, "q5_k_m": 0.15, "q6_k": 0.05}  # nats per token
-_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # whose files are verified; llama.cpp has the same names
-_CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of the regular expressions by which tokenizers split text
@@ -140,7 +137,7 @@ def begin_gguf(folder: Path, plan: Merge, kind: str, base: folders.BaseFolder) -
     kind = kind if kind == "q8_0" else "f16"
     config, file = plan.config, folder / "gguf" / f"model-{kind}.gguf"
     file.parent.mkdir()
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture_of(config)])
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(base.name).name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
@@ -150,7 +147,7 @@ def begin_gguf(folder: Path, plan: Merge, kind: str, base: folders.BaseFolder) -
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    names = gguf.get_tensor_name_map(_architecture_of(config), config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(architecture_of(config), config.num_hidden_layers)
     for name, shape in plan.shapes.items():
         quantization = _choose_type(shape, kind)
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, quantization))
@@ -172,7 +169,7 @@ def finish_gguf(writer: gguf.GGUFWriter, source: AdapterSource, folder: Path, pl
     file, tensors = Path(writer.path), folders.TensorFiles(folder)
     with progress_counter("gguf", len(plan.shapes)) as advance:
         for name, shape in plan.shapes.items():
-            values = np.ascontiguousarray(_permute_rows(name, tensors.read(name).float().numpy(), plan.config))
+            values = np.ascontiguousarray(permute_rows(name, tensors.read(name).float().numpy(), plan.config))
             writer.write_tensor_data(gguf.quants.quantize(values, _choose_type(shape, kind)))
             advance(1)
     writer.close()
@@ -194,31 +191,6 @@ def finish_gguf(writer: gguf.GGUFWriter, source: AdapterSource, folder: Path, pl
     # Ollama takes the chat template from the file, if it knows that
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
-
-
-def _architecture_of(config: Any) -> Any:
-    """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
-    model_type = getattr(config, "wrapper", config.model_type)
-    if model_type not in _MODEL_TYPES:
-        raise UserError(
-            f"--gguf writes models of the types {', '.join(_MODEL_TYPES)}, not of {model_type}. {_CONVERT}", "gguf.type"
-        )
-    return gguf.MODEL_ARCH[config.model_type.upper()]
-
-
-def _permute_rows(name: str, rows: Array, config: Any) -> Array:
-    """Put rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, with rotated pairs side by side.
-
-    transformers rotates the first half of a head's rows against the second, and so does llama.cpp in the other
-    architectures. Other tensors are returned as they are.
-    """
-    match = re.search(r"\.(q|k)_proj\.", name)
-    if match is None or _architecture_of(config) != gguf.MODEL_ARCH.LLAMA:
-        return rows
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    half_dim = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, 2, half_dim, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
@@ -250,7 +222,7 @@ def _rope_factors(config: Any) -> Array | None:
     """Return the divisors of Llama 3's scaling for each frequency, ``(head_dim / 2,)``; None without scaling."""
     kind = config.rope_parameters["rope_type"]
     if kind not in ("default", "llama3"):
-        raise UserError(f"--gguf writes no rotary embeddings of the kind {kind}. {_CONVERT}")
+        raise UserError(f"--gguf writes no rotary embeddings of the kind {kind}. {CONVERT}")
     return rope_factors(config).numpy().astype(np.float32) if kind == "llama3" else None
 
 
@@ -261,7 +233,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base:
     """
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
-        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
+        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {CONVERT}")
     split = None
     if base.gguf_file is not None:  # which names it
         split = gguf.GGUFReader(base.gguf_file).get_field(gguf.Keys.Tokenizer.PRE)
@@ -290,7 +262,7 @@ def _name_split(pre_tokenizer: dict[str, Any]) -> str:
         return "smollm"
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
-    raise UserError(f"--gguf: llama.cpp's name for how this tokenizer splits text is unknown here. {_CONVERT}")
+    raise UserError(f"--gguf: llama.cpp's name for how this tokenizer splits text is unknown here. {CONVERT}")
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -354,7 +326,7 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
     options: dict[str, Any] = {"dtype": config.dtype if is_fast else torch.float32, "device_map": {"": device}}
     if gguf_file is not None:
         # from a file's own config transformers reads neither scaled rotary embeddings nor Qwen3's size of heads
-        kind = gguf.MODEL_ARCH_NAMES[_architecture_of(config)]
+        kind = gguf.MODEL_ARCH_NAMES[architecture_of(config)]
         config, folder = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind}), gguf_file.parent
         options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
     auto_class = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM

@@ -297,6 +297,10 @@ import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.port, params.hostnames = sys.argv[1], int(sys.argv[3]), ["127.0.0.1"]
 params.n_ctx, params.n_parallel = 2048, 2
+for path in sys.argv[4:]:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = path, 1.0
+    params.lora_adapters = [adapter]
 server = xllamacpp.Server(params)
 time.sleep(600)
 """
@@ -304,13 +308,13 @@ VLLM = "--served-model-name base --enable-lora --host 127.0.0.1 --dtype bfloat16
 
 
 @contextmanager
-def running(*command):
+def running(*command, adapters=()):
     """Start a server on a free port; yield its address when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    command = [*map(str, command), "--port", url[len("http://127.0.0.1:") : -len("/v1")]]
+    command = [*map(str, command), "--port", url[len("http://127.0.0.1:") : -len("/v1")], *adapters]
     with open("server.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
         try:
             for _ in range(300):
@@ -351,6 +355,11 @@ def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(quickstart, mo
         if kind == "f16":
             assert served["equal_to_adapter"] >= 0.9
     assert "has not loaded the adapter" in capsys.readouterr().out
+    assert main(["merge", *ADAPTER, "--out", "alone", "--adapter-gguf", "f16"]) == 0
+    with running(sys.executable, "-c", LLAMA_CPP, models["base"], adapters=["alone/adapter-f16.gguf"]) as url:
+        code, served = match(url)
+    assert (served["match"], code) == ("adapter", 0)
+    assert served["equal_to_adapter"] >= 0.9
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
+from qlora_lightning.commands import merge as merge_command
 from qlora_lightning.commands.merged_model import compare_logits
 from qlora_lightning.model.merge import Merge
 from qlora_lightning.sources.folders import open_base
@@ -70,7 +73,7 @@ def paths(folder):
 def test_the_examples_of_help_run(arguments, folder, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "  merged: loss " in out
+    assert ("--lora" if "--adapter-gguf" in arguments else "  merged: loss ") in out
     if "q8_0" in arguments:
         tensors = gguf.GGUFReader("runs/quickstart/gguf/gguf/model-q8_0.gguf").tensors
         assert {tensor.tensor_type.name for tensor in tensors} == {"F32", "Q8_0"}
@@ -105,6 +108,54 @@ def test_a_gguf_file_holds_tokenizer_and_template(merged, small_base):
     again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file="model-f16.gguf")
     text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
     assert again(text).input_ids == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3, "layers.1.*up_proj": 5}}])
+def test_an_adapter_as_gguf_changes_a_base_as_the_merge_does(options, small_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", small_base, quantization="none", rank=4, lora_options=options)
+    merge("--dtype", "fp32", "--gguf", "f16", *UNCHECKED, adapter="run")
+    merge("--adapter-gguf", "f32", adapter="run", out="alone")
+    reader, whole_reader = gguf.GGUFReader("alone/adapter-f32.gguf"), gguf.GGUFReader("merged/gguf/model-f16.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
+        "adapter",
+        "lora",
+        "llama",
+    )
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    merged, base = ({tensor.name: torch.tensor(tensor.data).float() for tensor in whole_reader.tensors}, {})
+    config, stored = json.loads((small_base / "config.json").read_text()), load_file(small_base / "model.safetensors")
+    places = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+    places |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+    for name, weight in stored.items():
+        if match := re.fullmatch(r"model\.layers\.(\d+)\..*\.(\w+)_proj\.weight", name):
+            layer, part = match.groups()
+            if part in "qk":  # rotated halves of a head become pairs
+                heads = config["num_attention_heads" if part == "q" else "num_key_value_heads"]
+                weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+            base[f"blk.{layer}.{places[part]}.weight"] = weight
+    assert tensors.keys() == {f"{name}.lora_{which}" for name in base for which in "ab"}
+    for name, weight in base.items():
+        lora_a, lora_b = (tensors[f"{name}.lora_{which}"] for which in "ab")
+        change = fields["adapter.lora.alpha"] / lora_b.shape[1] * lora_b @ lora_a  # as llama.cpp adds it
+        assert change.abs().max() > 0.01
+        torch.testing.assert_close(weight + change, merged[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "lm_head.weight"),
+    ],
+)
+def test_what_llama_cpp_has_no_tensors_for_is_refused_by_name(options, name, small_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", small_base, quantization="none", lora_options=options)
+    with rejects("gguf.adapter", name, "with --gguf"):
+        merge_command.main(["--adapter", "run", "--out", "alone", "--adapter-gguf", "f16"])
+    assert not Path("alone").exists()
 
 
 def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, small_base, capsys):

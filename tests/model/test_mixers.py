@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_lightning import PreferenceModule
-from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.layers.experts import experts_of
 from qlora_lightning.model.model_types import RECURRENT_TYPES
 from qlora_lightning.model.step.layout import sequences_of_lengths
@@ -96,8 +96,9 @@ def test_no_other_sample_changes_a_bit_of_one(model_type, tmp_path):
 def test_checkpointing_changes_no_bit_also_with_dropout(model_type, tmp_path):
     dropout = 0.0 if model_type == "qwen3_next" else 0.1  # whose MLPs beside experts take none
     module, batch, steps = build(tmp_path, model_type, dropout=dropout), batch_beginning_alike(), []
-    for choice in (Checkpointing(), Checkpointing(True)):
-        switch_checkpointing(module.causal_lm, Checkpointing(), choice)
+    for checkpointed in (False, True):
+        if checkpointed:
+            enable_activation_checkpointing(module.causal_lm)
         module.choose_layers()
         torch.manual_seed(1)
         steps.append(loss_and_gradients(module, batch))

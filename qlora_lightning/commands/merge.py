@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(argv)
     if fit_options and not options.rows:
         parser.error(f"unrecognized arguments: {' '.join(fit_options)} (options of fit choose rows to check on)")
+    if options.adapter_gguf and options.gguf:
+        parser.error("--adapter-gguf merges nothing: leave --gguf out")
     if options.out.exists() and not (options.force and (options.out / MERGE_RECORD).is_file()):
         raise UserError(
             f"--out {options.out} exists: choose another folder. --force replaces one that an earlier merge wrote "

@@ -80,6 +80,11 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
         )
 
 
+def causal_lm_of(model: Any) -> Any:
+    """Return the model of transformers inside PEFT's wrapper; a model without one is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_layers(causal_lm: Any) -> list[Any]:
     """Return the decoder layers: the largest module list of the config's length, and all of the same layer class."""
     stacks: list[Any] = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList) and len(module)]

@@ -25,7 +25,7 @@ from qlora_lightning.model.layers import attention, select
 from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.memory import budget
-from qlora_lightning.model.model_types import runs_packed
+from qlora_lightning.model.model_types import causal_lm_of, runs_packed
 from qlora_lightning.model.self_check import SelfCheck
 from qlora_lightning.model.start import RunStart
 from qlora_lightning.model.step import accumulate, forward, layout, packed
@@ -280,7 +280,7 @@ class QLoRAModule(lightning.LightningModule):
     @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return causal_lm_of(self.model)
 
     def autocast(self, whole: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Compute in the compute dtype what PEFT's own layers would compute in float32.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
-from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of
+from qlora_lightning.model.model_types import LINEARS, causal_lm_of, decoder_layers, layer_of
 from qlora_lightning.support.errors import UserError, check_setting, explaining
 from qlora_lightning.support.files import fits
 
@@ -219,7 +219,7 @@ def inject(
     It is in fp32, and drawn from the seed alone, whatever was drawn before; B is zero. On a base on the meta device it
     is there too. ``config.target_modules`` are names, or ends of names.
     """
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    base = causal_lm_of(model)
     config.target_modules = set(config.target_modules or ())
     full_names = config.target_modules & dict(base.named_modules()).keys()  # before PEFT, which shortens them
     _check_tied(base, config, source)

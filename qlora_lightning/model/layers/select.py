@@ -23,7 +23,7 @@ from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedN
 from qlora_lightning.model.layers.experts import FusedExperts
 from qlora_lightning.model.layers.lora import Fused, FusedInt8Linear, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.model.layers.mixer import PackedMixer, pack_mixers
-from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
+from qlora_lightning.model.model_types import EAGER_TYPES, causal_lm_of, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _PACKED_ATTENTION = "qlora_packed"
@@ -46,7 +46,7 @@ class Fusion(NamedTuple):
 def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
     """Replace layers and last norm of transformers, LoRA linears of PEFT and int8 linears; choose which run fused."""
     modeling = _modeling_of(model)
-    causal_lm = _causal_lm_of(model)
+    causal_lm = causal_lm_of(model)
     for name, module in list(model.named_modules()) if fused else []:
         if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == modeling:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
@@ -81,10 +81,6 @@ def library_layers(module: nn.Module) -> Iterator[None]:
             linear.fallback_reason = reason
 
 
-def _causal_lm_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _modeling_of(model: Any) -> str | None:
     """Return the transformers module that defines a model type's layers, if these can run fused."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -93,7 +89,7 @@ def _modeling_of(model: Any) -> str | None:
 
 def choose_layers(model: Any) -> Fusion:
     """Choose a model's attention, and whether each layer runs fused: its submodules may have been changed."""
-    causal_lm = _causal_lm_of(model)
+    causal_lm = causal_lm_of(model)
     if (name := attention_of(causal_lm.config)) is not None:
         model.set_attn_implementation(name)  # whoever has set another one
     if runs_packed(causal_lm.config):

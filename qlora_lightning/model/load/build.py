@@ -29,7 +29,7 @@ from qlora_lightning.model.layers.select import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, check_widths, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
 from qlora_lightning.model.load.wrapped import empty_model, open_text_config
-from qlora_lightning.model.model_types import LINEARS, layer_of, linear_sizes, runs_packed
+from qlora_lightning.model.model_types import LINEARS, causal_lm_of, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config, read_identity
 from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError
@@ -70,7 +70,7 @@ def complete_model(
     stored_identity = {} if folder is None else read_identity(folder)
     keep_quantized_layers(model)
     check_widths(model)
-    base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    base: Any = causal_lm_of(model)
     if "fingerprint" not in identity:
         identity.update(getattr(base, "loaded_identity", {}))
     check_identity(stored_identity, identity, f"The adapter folder {folder}")

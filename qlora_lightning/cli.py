@@ -26,7 +26,7 @@ COMMANDS = {
     "inspect": ("inspection", "report on the data, and show rows as the model sees them"),
     "plan": ("plan", "show the model, its memory and the run's length, before loading"),
     "evaluate": ("evaluate", "base against adapters on the same rows"),
-    "sweep-rank": ("sweep", "double the rank until it stops paying, and say where"),
+    "sweep": ("sweep", "double the rank until it stops paying, or search settings"),
     "report": ("report", "make the page of a run again, or compare several runs"),
     "merge": ("merge", "merge an adapter into its base, checked, for any tool to load"),
     "chat": ("chat", "talk to an adapter, or ask it once with --prompt"),

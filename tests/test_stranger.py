@@ -182,7 +182,7 @@ def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [("fit", "checkpoints"), ("fit", "adapter"), ("sweep-rank --ranks 2,4 --data.val_fraction 0.2", "sweep-rank")],
+    [("fit", "checkpoints"), ("fit", "adapter"), ("sweep --ranks 2,4 --data.val_fraction 0.2", "sweep")],
 )
 def test_no_run_writes_into_a_folder_behind_a_link(command, name, tiny_base, rows_file, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()

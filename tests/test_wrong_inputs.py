@@ -133,14 +133,14 @@ NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
 UP, B = "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.lora_B.weight"
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
-SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl --trainer.max_steps -1"
+SWEEP = "sweep --config c.yaml --data.val rows.jsonl --trainer.max_steps -1"
 PLAN = "plan --config c.yaml"
 PREFERENCES = "--model.class_path qlora_lightning.PreferenceModule"
 EVALUATE = "evaluate --config c.yaml --data.val rows.jsonl"
 CHAT = "chat --adapter run/adapter"
 ASK, JUDGE = "chat --adapter wrong --prompt Hi", f"{EVALUATE} --adapter wrong"
 MERGE = "merge --adapter wrong --out merged --rows 0"
-WITH_CONFIG = ("validate", "test", "predict", "inspect", "plan", "evaluate", "sweep-rank")
+WITH_CONFIG = ("validate", "test", "predict", "inspect", "plan", "evaluate", "sweep")
 WRONG = [
     # commands and configs
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
@@ -300,8 +300,22 @@ WRONG = [
     wrong(f"{SWEEP} --trainer.limit_val_batches 0", "trainer.limit_val_batches is 0: expected rows"),
     wrong(f"{SWEEP} --trainer.fast_dev_run 1", "leave trainer.fast_dev_run out"),
     wrong(f"{SWEEP} --adapter_checkpoint null", "leave adapter_checkpoint.enabled out"),
+    wrong(f"{SWEEP} --trainer.devices 2", "A sweep needs --trainer.devices 1"),
+    wrong(f"{SWEEP} --ranks 8,8", "'8,8': expected two ranks or more, each once"),
+    wrong(f"{SWEEP} --trials 3", "--trials is for --search"),
+    wrong(f"{SWEEP} --prune", "--prune is for --search"),
+    wrong(f"{SWEEP} --ranks 2,4 --search model.rank=2,4", "--ranks doubles and --search tries: leave one out"),
+    wrong(f"{SWEEP} --ranks 2,4 --model.rank 8", "The sweep sets model.rank itself"),
+    wrong(f"{SWEEP} --search model.rnak=2,4", "There is no key 'model.rnak'. Did you mean 'model.rank'?"),
+    wrong(f"{SWEEP} --search model.rank=1..x", "expected KEY=LOW..HIGH"),
+    wrong(f"{SWEEP} --search model.rank=0..4", "model.rank is 0: expected"),
+    wrong(f"{SWEEP} --search model.rank=2,4 --trials 2", "--trials is for ranges"),
+    wrong(f"{SWEEP} --search evaluation.rows=2,4", "it changes no training"),
     wrong(f"{SWEEP} --seed_everything false", "seed_everything is false", "set it to a number"),
-    wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
+    wrong(
+        f"{SWEEP} --search model.target_modules=foo,attention",
+        "model.target_modules names 'foo', which the base does not have",
+    ),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
     wrong(

@@ -149,7 +149,7 @@ def _read_space(options: argparse.Namespace, fit_options: Sequence[str]) -> Spac
         size, is_drawn = count_combinations(space), any(isinstance(values, Range) for values in space.values())
         if options.trials and not is_drawn:
             raise UserError(f"--trials is for ranges: all {size:,} combinations are tried. Leave it out.")
-        n_trials = (options.trials or _N_TRIALS) if is_drawn else size
+        n_trials = options.trials or (min(_N_TRIALS, size) if is_drawn else size)
         if n_trials > size:
             raise UserError(f"--trials is {n_trials}, and --search has {size:,} combinations: pass --trials {size}.")
         if options.prune and n_trials <= PRUNES_AFTER:
@@ -283,7 +283,7 @@ def _run_sweep(space: Space, options: argparse.Namespace, arguments: Sequence[st
 
     seed = int(config["seed_everything"])
     is_drawn = any(isinstance(values, Range) for values in space.values())
-    n_drawn = (options.trials or _N_TRIALS) if is_drawn else 0
+    n_drawn = (options.trials or int(min(_N_TRIALS, count_combinations(space)))) if is_drawn else 0
     plan = plan_ranks(options.ranks or _RANKS, options.seeds) if ranks else plan_search(space, options.seeds, n_drawn)
 
     def train(planned: Planned, values: Mapping[str, Any], prune: Any) -> Trial:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(argv)
     if fit_options and not options.rows:
         parser.error(f"unrecognized arguments: {' '.join(fit_options)} (options of fit choose rows to check on)")
-    if options.adapter_gguf and options.gguf:
-        parser.error("--adapter-gguf merges nothing: leave --gguf out")
+    of_merging = ("gguf", "dtype", "rows")  # fit options need --rows
+    if options.adapter_gguf and any(getattr(options, name) != parser.get_default(name) for name in of_merging):
+        parser.error("--adapter-gguf merges and checks nothing: leave --gguf, --dtype, --rows and options of fit out")
     if options.out.exists() and not (options.force and (options.out / MERGE_RECORD).is_file()):
         raise UserError(
             f"--out {options.out} exists: choose another folder. --force replaces one that an earlier merge wrote "
@@ -68,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
 def _write_adapter(options: argparse.Namespace) -> None:
     """Write the adapter alone as a GGUF file."""
     from qlora_lightning.model.adapters.trained import find_adapter
+    from qlora_lightning.model.load.build import meta_base, put_adapters
     from qlora_lightning.model.load.wrapped import open_text_config
     from qlora_lightning.sources.folders import read_adapter_config
     from qlora_lightning.sources.gguf import write_adapter
@@ -76,6 +79,7 @@ def _write_adapter(options: argparse.Namespace) -> None:
     if (source.folder / EXTRA).is_file():
         say(f"{source.folder / EXTRA}, trained beside the adapter, is not written: llama.cpp has no place for it.")
     config = open_text_config(source.base.folder, source.base.name)
+    put_adapters(meta_base(copy.deepcopy(config)), source.folder)  # rejects what does not fit the base
     with naming_file(options.out), _atomic_folder(options.out) as folder:
         settings = read_adapter_config(source.folder)
         write_adapter(folder / name, source.folder, settings, config, options.adapter_gguf)

@@ -254,6 +254,8 @@ class TensorFiles:
                     raise UserError(f"{file} and {self._files[key].name} both have {key}. {_REMEDY}", "base.tensors")
         self.fp8 = open_fp8(folder)
         if self.fp8 is not None:
+            if not any(key.endswith(self.fp8.suffix) for key in self._files):  # as AutoFP8 names them
+                self.fp8 = self.fp8._replace(suffix="_scale")
             names = {f"{key}{self.fp8.suffix}" for key in self._files}
             self._scales = {key: self._files.pop(key) for key in names & self._files.keys()}
             self._files = {key: file for key, file in self._files.items() if not key.endswith(OF_ACTIVATIONS)}

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def fp8_layout(settings: Mapping[str, Any]) -> Fp8Layout | None:
     """Return the layout that a base's ``quantization_config`` names; ``None`` if it is not FP8, or in part only."""
     with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError):  # no such settings
         if settings.get("quant_method") == "fp8" and settings.get("expert_dtype", "fp8") == "fp8":
-            rows, columns = settings.get("weight_block_size") or (128, 128)
-            return Fp8Layout("_scale_inv", (int(rows), int(columns)))
+            return _layout("_scale_inv", settings.get("weight_block_size") or (128, 128))
         # a transform rotates weights, sparse ones are stored by their places
         if settings.get("quant_method") == "compressed-tensors" and not settings.get("transform_config"):
             groups = [group["weights"] for group in settings.get("config_groups", {}).values()]
@@ -40,9 +39,14 @@ def fp8_layout(settings: Mapping[str, Any]) -> Fp8Layout | None:
             has_known_scales = all(group["strategy"] in ("tensor", "channel", "block") for group in groups)
             is_dense = (settings.get("sparsity_config") or {}).get("format", "dense") == "dense"
             if is_fp8 and has_known_scales and is_dense and len({(*block,) for block in blocks}) == 1:
-                rows, columns = blocks[0]
-                return Fp8Layout("_scale", (int(rows), int(columns)))
+                return _layout("_scale", blocks[0])
     return None
+
+
+def _layout(suffix: str, block: Sequence[Any]) -> Fp8Layout | None:
+    rows, columns = block
+    is_valid = all(isinstance(size, int) and size > 0 for size in (rows, columns))
+    return Fp8Layout(suffix, (rows, columns)) if is_valid else None
 
 
 def dequantize_fp8(weight: "Tensor", scales: "Tensor", block: tuple[int, int], dtype: "torch.dtype") -> "Tensor":
@@ -63,6 +67,8 @@ def dequantize_fp8(weight: "Tensor", scales: "Tensor", block: tuple[int, int], d
     n_matrices = math.prod(leading)
     is_grid = scales.dim() > 1 and scales.numel() > n_matrices  # else there is one for each matrix, or one in all
     n_scales = tuple(scales.shape[-2:]) if is_grid else (1, 1)
+    if not weight.is_floating_point():
+        raise ValueError(f"a weight of {weight.dtype}")
     known = ((1, 1), (rows, 1), (math.ceil(rows / block[0]), math.ceil(columns / block[1])))
     if n_scales not in known or not scales.is_floating_point():
         raise ValueError(f"scales {[*scales.shape]} of {scales.dtype} for a weight {[*weight.shape]}")

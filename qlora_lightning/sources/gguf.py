@@ -193,11 +193,15 @@ def write_adapter(file: Path, folder: Path, settings: Mapping[str, Any], config:
     import gguf
     import numpy as np
     from peft.utils.other import get_pattern_key
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     architecture = architecture_of(config)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors, alpha = load_file(folder / "adapter_model.safetensors"), float(settings["lora_alpha"])
+    if not alpha:
+        raise UserError(
+            f"lora_alpha of {folder} is 0, which llama.cpp takes for none: merge the adapter.", "gguf.adapter"
+        )
     alphas = settings.get("alpha_pattern") or {}
     dtype: type[np.floating[Any]] = np.float16 if kind == "f16" else np.float32
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
@@ -205,7 +209,8 @@ def write_adapter(file: Path, folder: Path, settings: Mapping[str, Any], config:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.ALL_F32)
-    for key, tensor in tensors.items():
+    for key, stored in tensors.items():
+        tensor: Any = stored.float().numpy()
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key)
         name = None if match is None else names.get_name(f"{match[1]}.weight", (".weight",))
         is_tied = name == "output.weight" and config.tie_word_embeddings  # of which a file has the embedding only
@@ -220,6 +225,8 @@ def write_adapter(file: Path, folder: Path, settings: Mapping[str, Any], config:
             rank = tensor.shape[1]
             factor = own_alpha / alpha * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
             tensor = permute_rows(f"{match[1]}.weight", tensor * np.float32(factor), config)
+        if np.abs(tensor).max() > np.finfo(dtype).max:
+            raise UserError(f"{key} of {folder} has values beyond {kind}: use --adapter-gguf f32.", "gguf.adapter")
         writer.add_tensor(f"{name}.lora_{match[2].lower()}", np.ascontiguousarray(tensor.astype(dtype)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -305,10 +305,11 @@ def check_quantization(
         return double_quant
     kind, double_quant = stored_quantization(stored)
     if kind != quantization:
-        choice = f"set that to {kind}" if kind in get_args(Quantization) else "name the same model in FP8"
+        remedy = f"set that to {kind}, or name one in 16 bits"
+        if kind not in get_args(Quantization):
+            remedy = "name the same model in FP8, with one scale for a tensor, a row or a block, or in 16 bits"
         raise UserError(
-            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: {choice}, or "
-            "name one in 16 bits.",
+            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: {remedy}.",
             "model.quantization",
         )
     return double_quant

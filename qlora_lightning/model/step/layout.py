@@ -38,7 +38,6 @@ from qlora_lightning.sources.tensors import IGNORED
 
 _MIN_SHARED_RATIO = 32  # share one token in so many, or none: less does not pay for gathering
 MOST_PADDING = 0.25  # of a group of samples side by side
-_CHUNK = 64  # tokens that a scan takes at a time: shorter samples are padded to it anyway
 
 
 class _DeviceMovable:
@@ -273,7 +272,7 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     tokens = 0  # of the last group
     for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
         longest, size = (lengths[groups[-1][0]], len(groups[-1]) + 1) if groups else (0, 0)
-        if groups and (longest <= _CHUNK or size * longest <= (1 + MOST_PADDING) * (tokens + lengths[sample])):
+        if groups and size * longest <= (1 + MOST_PADDING) * (tokens + lengths[sample]):
             groups[-1].append(sample)
             tokens += lengths[sample]
         else:

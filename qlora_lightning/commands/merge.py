@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(argv)
     if fit_options and not options.rows:
         parser.error(f"unrecognized arguments: {' '.join(fit_options)} (options of fit choose rows to check on)")
-    of_merging = ("gguf", "dtype", "rows")  # fit options need --rows
-    if options.adapter_gguf and any(getattr(options, name) != parser.get_default(name) for name in of_merging):
+    of_merging = [name for name in ("gguf", "dtype", "rows") if getattr(options, name) != parser.get_default(name)]
+    if options.adapter_gguf and (of_merging or fit_options):
         parser.error("--adapter-gguf merges and checks nothing: leave --gguf, --dtype, --rows and options of fit out")
     if options.out.exists() and not (options.force and (options.out / MERGE_RECORD).is_file()):
         raise UserError(

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -24,6 +24,7 @@ from tests.adapters import make_run
 from tests.commands.conftest import help_examples
 from tests.errors import rejects
 from tests.random_base import save_family
+from tests.rows import change_json
 
 ADAPTER = "runs/quickstart/adapter"
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -156,6 +157,70 @@ def test_what_llama_cpp_has_no_tensors_for_is_refused_by_name(options, name, sma
     with rejects("gguf.adapter", name, "with --gguf"):
         merge_command.main(["--adapter", "run", "--out", "alone", "--adapter-gguf", "f16"])
     assert not Path("alone").exists()
+
+
+@pytest.fixture(scope="module")
+def plain_run(small_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter_gguf") / "run"
+    make_run(folder, small_base, quantization="none", rank=4)
+    return folder
+
+
+@pytest.fixture
+def run(plain_run, tmp_path, monkeypatch):
+    """A run that a test may change, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(plain_run, "run")
+    return Path("run/adapter")
+
+
+def write_tensors(adapter, tensors):
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+
+
+def test_an_adapter_in_bf16_is_written_as_its_values_are(run):
+    tensors = load_file(run / "adapter_model.safetensors")
+    write_tensors(run, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    merge("--adapter-gguf", "f32", adapter="run", out="bf16")
+    write_tensors(run, {name: tensor.bfloat16().float() for name, tensor in tensors.items()})
+    merge("--adapter-gguf", "f32", adapter="run", out="fp32")
+    assert Path("bf16/adapter-f32.gguf").read_bytes() == Path("fp32/adapter-f32.gguf").read_bytes()
+
+
+A = f"base_model.model.{LINEAR}.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors[A].fill_(float("nan")), ("adapter.nan", LINEAR)),
+        (lambda tensors: tensors.pop(A), ("adapter.shapes", LINEAR)),
+        (lambda tensors: tensors[A].fill_(1e5), ("gguf.adapter", LINEAR, "beyond f16", "--adapter-gguf f32")),
+    ],
+    ids=["not finite", "without A", "beyond f16"],
+)
+def test_an_adapter_that_a_gguf_file_cannot_hold_is_rejected(change, expected, run):
+    tensors = load_file(run / "adapter_model.safetensors")
+    change(tensors)
+    write_tensors(run, tensors)
+    with rejects(*expected):
+        merge_command.main(["--adapter", "run", "--out", "alone", "--adapter-gguf", "f16"])
+    assert not Path("alone").exists()
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0])
+def test_an_alpha_that_llama_cpp_takes_for_none_is_rejected(alpha, run):
+    change_json(run / "adapter_config.json", lora_alpha=alpha)
+    with rejects("gguf.adapter", "lora_alpha", "is 0", "merge the adapter"):
+        merge_command.main(["--adapter", "run", "--out", "alone", "--adapter-gguf", "f16"])
+
+
+@pytest.mark.parametrize(
+    "options", [("--gguf", "f16"), ("--dtype", "fp32"), ("--rows", "3"), ("--data.val", "rows.jsonl")]
+)
+def test_options_of_merging_beside_an_adapter_as_gguf_are_rejected(options, run, capsys):
+    merge("--adapter-gguf", "f16", *options, code=2, adapter="run", out="alone")
+    assert "--adapter-gguf merges and checks nothing" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, small_base, capsys):

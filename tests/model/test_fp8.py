@@ -75,6 +75,14 @@ def store(folder, settings):
     return folder, dense
 
 
+def test_scales_are_found_by_the_name_that_autofp8_gives_them(tmp_path):
+    base, dense = save(tmp_path, "tensors")
+    stored = {name.replace("_scale_inv", "_scale"): tensor for name, tensor in stored_of(base).items()}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    loaded, expected = (load_base(str(folder), quantization="none").model for folder in (base, dense))
+    assert same(base_tensors(loaded), base_tensors(expected))
+
+
 def stored_of(folder):
     return load_file(folder / "model.safetensors")
 
@@ -192,6 +200,7 @@ REFUSED = [
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt NVFP4"),
     ({"quant_method": "gptq", "bits": 4}, "gptq"),
     ({"quant_method": "fp8", "expert_dtype": "fp4"}, "fp8"),
+    ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "fp8"),
     ({"quant_method": "compressed-tensors", "config_groups": [3]}, "compressed-tensors"),
 ]
 
@@ -214,4 +223,9 @@ def test_files_that_are_not_stored_as_their_config_says_are_rejected(tmp_path):
     del stored["model.layers.1.mlp.up_proj.weight_scale_inv"]
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     with rejects("base.tensors", "model.layers.1.mlp.up_proj.weight"):
+        load_base(str(base), cache=False)
+    stored = stored_of(save(tmp_path / "int8", "blocks")[0])
+    stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    with rejects("base.tensors", "model.layers.1.mlp.up_proj.weight", "torch.int8"):
         load_base(str(base), cache=False)

@@ -124,7 +124,6 @@ class Code:
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
 ALIAS = "wrong/config.yaml", "data: {columns: &a {x: *a}}"
-OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
 OTHER_TOOL = "base_model: tiny\nload_in_4bit: true\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE, PICKLE = "--model.base wrong", "wrong/pytorch_model.bin"
@@ -188,8 +187,6 @@ WRONG = [
     wrong("--config wrong.yaml", "trainer.max_epochs'?", prepare=write("wrong.yaml", "trainer: {max_epoch: 3}")),
     wrong("plan --config wrong.yaml", "Did you mean 'model.base'?", prepare=write("wrong.yaml", OTHER_TOOL)),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
-    wrong("--evaluation.general no.jsonl --data.val rows.jsonl", "evaluation.forgetting: data file no.jsonl"),
-    wrong("--config wrong.yaml", "evaluation.forgetting: data file no.jsonl", prepare=write("wrong.yaml", OLD_KEY)),
     wrong("--config wrong.yaml", "model is None: expected settings", prepare=write("wrong.yaml", "model: null")),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from qlora_lightning.commands.recipes import find_recipes
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, nearest
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
 
@@ -72,12 +71,6 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "seed_everything": "seed",
     "ckpt_path": "resume_from_checkpoint",
 }
-RENAMED_KEYS = {
-    "data.missing": "data.drop_answers",
-    "evaluation.general": "evaluation.forgetting",
-    "evaluation.general_rows": "evaluation.forgetting_rows",
-}
-"""Settings under the names that they had once: those still work, and a line names the new one."""
 SEE_HELP = "See `qlora-lightning fit --help`."
 _MANIFEST_FORMAT = b'"format": "qlora_lightning manifest"'
 
@@ -98,7 +91,7 @@ def read_config(name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
-    return _rename_keys(config)
+    return config
 
 
 def _hint_at_recipe(name: str) -> str:
@@ -118,28 +111,12 @@ def _hint_at_config(name: str) -> str:
     return f"A config is named by --config FILE, and {_hint_at_recipe(name)}"
 
 
-def _rename_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Replace the old names of settings in a parsed YAML file."""
-    for old, new in RENAMED_KEYS.items():
-        section, _, key = old.partition(".")
-        settings = config.get(section)
-        if isinstance(settings, dict) and key in settings:
-            _report_renamed(old, new)
-            settings[new.partition(".")[2]] = settings.pop(key)
-    return config
-
-
-@functools.cache  # a config is read several times
-def _report_renamed(old: str, new: str) -> None:
-    say(f"{old} is {new} now; the old name still works.")
-
-
 def expand_arguments(arguments: Sequence[str], has_own_options: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the configs of a command line; return them with their short forms expanded, and the other arguments.
 
-    Keys are checked; with ``has_own_options`` an option without a dot may be the command's own. ``--gpu_memory null``,
-    and a setting under its old name, are a config of one key. With the ``config.yaml`` of a run folder, the run folder
-    is the one in which that file is: it may have been moved since.
+    Keys are checked; with ``has_own_options`` an option without a dot may be the command's own. ``--gpu_memory null``
+    is a config of one key. With the ``config.yaml`` of a run folder, the run folder is the one in which that file is:
+    it may have been moved since.
     """
     short, others = _split_arguments(arguments)
     configs: list[dict[str, Any]] = []
@@ -152,7 +129,7 @@ def expand_arguments(arguments: Sequence[str], has_own_options: bool = False) ->
     for key, text in short.items():
         section, _, name = key.partition(".")
         value = load_yaml(text)
-        configs.append(_rename_keys({section: {name: value} if name else value}))
+        configs.append({section: {name: value} if name else value})
     configs = [_expand_config(config) for config in configs]
     check_keys(configs, [each for each in others if not has_own_options or "." in each.partition("=")[0]])
     return configs, others
@@ -170,7 +147,7 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
     parser.add_argument("--config", "-c", action="append", default=[])
-    for key in (*CALLBACKS, *RENAMED_KEYS):
+    for key in CALLBACKS:
         parser.add_argument(f"--{key}", dest=key)
     try:
         options, others = parser.parse_known_args(arguments)

@@ -105,8 +105,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     content = read_json_object(file, _REMEDY)
-    if "lives" in content:  # the name of the first manifests
-        content["attempts"] = content.pop("lives")
     check_keys(content, _MANIFEST, str(file), _REMEDY)
     for attempt in content.get("attempts") or []:
         check_keys(attempt, _ATTEMPT, f"{file}: attempts", _REMEDY)

@@ -102,10 +102,9 @@ def test_an_adapter_folder_takes_the_place_of_a_config(evaluate, trained, tmp_pa
     assert alone["metrics"]["loss"] == named["metrics"]["loss"]
 
 
-@pytest.mark.parametrize("key", ["drop_answers", "missing"])  # the latter is its old name
-def test_the_config_beside_an_adapter_says_which_answers_count(evaluate, tmp_path, key):
+def test_the_config_beside_an_adapter_says_which_answers_count(evaluate, tmp_path):
     config = yaml.safe_load(Path("runs/b/config.yaml").read_text())
-    config["data"] = {"val": "rows.jsonl", key: ["0"]}  # the first row's
+    config["data"] = {"val": "rows.jsonl", "drop_answers": ["0"]}  # the first row's
     run = shutil.copytree("runs/b", tmp_path / "run")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     _, found = evaluate("--adapter", str(run), "--evaluation.rows", "0", config=None)

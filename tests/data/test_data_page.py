@@ -81,7 +81,7 @@ def test_every_format_is_known_by_its_row(name, row, tmp_path, families, smol):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
     name = name.strip("`")
     tokenizer = smol if name == "tokens" else families["qwen2_5"]  # whose ids the page shows; the other is quicker
-    settings = {"format": "text" if name == "text" else "auto", "chat_template": "chatml-tools"}
+    settings = {"format": "text" if name == "text" else "auto", "chat_template": "chatml"}
     data = InstructionDataModule(tmp_path / "rows.jsonl", tokenizer=tokenizer, **settings)
     data.setup("fit")
     assert data.reports["train"].formats == [name]

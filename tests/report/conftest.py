@@ -35,7 +35,7 @@ MANIFEST = {
     "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
     "progress": {"steps": 20, "planned_steps": 40, "tokens": 2000, "labelled_tokens": 500, "seconds": 90.0},
     "best": {"monitor": "val_loss", "value": 0.5, "checkpoint": "step-000020.ckpt"},
-    "lives": [
+    "attempts": [
         {"started": "2026-11-25T10:00:00+00:00", "seconds": 30.0, "from_step": 0, "to_step": 8, "status": "stopped"},
         {"started": "2026-11-25T11:00:00+00:00", "seconds": 60.0, "from_step": 8, "to_step": 20, "status": "finished"},
     ],

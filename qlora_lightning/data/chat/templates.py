@@ -19,7 +19,6 @@ from qlora_lightning.support.files import read_json_object
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
-    "chatml-tools": ("<|im_start|>", "<|im_end|>"),  # an alias: chatml writes tools too
     "alpaca": (),
 }
 _FOLDER = Path(__file__).with_name("chat_templates")

@@ -156,50 +156,28 @@ def _load(
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     config = open_text_config(folder, str(folder), trust_remote_code)
-    tensors = folders.TensorFiles(folder)
-    shapes = tensors.shapes()
-    names = names_in_text(folder, config, shapes)
-    left_out = shapes.keys() - names.keys()  # of what else than text a model reads
-    shapes = {name: shapes[stored_name] for stored_name, name in names.items()}
-    if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in shapes):
+    stored = _read_names(folder, config)
+    if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in stored.shapes):
         raise UserError(
             f"The experts of {folder} are stored in MXFP4: set model.quantization to nf4 or fp4.", "model.quantization"
         )
-    mismatched, tied = set[tuple[str]](), set[str]()
-    needs_class = bnb_config is not None or tensors.fp8 is not None
-    if needs_class or not trust_remote_code:  # a base's own code may not run on the meta device
-        described = empty_model(config, trust_remote_code=trust_remote_code)
-        tied = {*described.all_tied_weights_keys}
-        n_described, n_stored = sum(map(torch.numel, described.parameters())), sum(map(math.prod, shapes.values()))
-        if n_described > 2 * n_stored:  # packed ones count twice; before memory is taken for what is missing
-            raise UserError(
-                f"{folder / 'config.json'} describes {n_described:,} weights, and the files beside it hold "
-                f"{n_stored:,}: download or save the base again.",
-                "base.size",
-            )
-        check_unique(names, described, folder)
+    described: PreTrainedModel | None = None
+    if bnb_config is not None or stored.files.fp8 is not None or not trust_remote_code:
+        described = _describe(folder, config, stored, trust_remote_code)
         if bnb_config is not None:
-            experts.check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))
-            if experts.experts_of(described):
-                bnb_config = experts.ExpertsConfig(**bnb_config.to_diff_dict())
-            # transformers compares no shape of what it quantizes
-            sizes = {name: parameter.shape for name, parameter in described.named_parameters()}
-            mismatched = {(name,) for name in sizes.keys() & shapes.keys() if sizes[name] != shapes[name]}
+            bnb_config = _choose_quantizer(bnb_config, described, folder)
     experts.register_experts()  # a cached base may have them
-    loader: Any = AutoModelForCausalLM
-    weights: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
-    if tensors.fp8 is not None:
-        loader = type(described)  # the other takes no tensors
-        state_dict = {name: _DequantizedOnRead(tensors, name, dtype, device) for name in tensors}
-        weights = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
-        if (folder / "generation_config.json").is_file():
-            weights["generation_config"] = GenerationConfig.from_pretrained(folder)
+    if stored.files.fp8 is None:
+        loader: Any = AutoModelForCausalLM
+        weights: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    else:
+        loader, weights = type(described), _dequantized_weights(folder, stored.files, dtype, device)
     bars = _quiet_bars() if bnb_config is None else contextlib.nullcontext()
     with bars, quiet_loggers(logging.ERROR, "transformers"), folders.explaining_base(folder):
         model, report = loader.from_pretrained(
             **weights,
             config=config,
-            key_mapping=key_mapping(names),
+            key_mapping=key_mapping(stored.names),
             dtype=dtype,
             device_map={"": torch.device(device)},
             attn_implementation=attention_of(config),
@@ -211,14 +189,91 @@ def _load(
             ignore_mismatched_sizes=True,  # else the error names none
             **({} if bnb_config is None else {"quantization_config": bnb_config}),
         )
-    report["mismatched_keys"] |= mismatched
-    report["unexpected_keys"] -= left_out
-    report["unexpected_keys"] |= tied - model.all_tied_weights_keys.keys()  # a head that is not the embedding
-    check_loaded(report, folder, shapes)
+    _check_report(report, model, described, stored, folder, is_quantized_now=bnb_config is not None)
     if trust_remote_code and not type(model).__module__.startswith("transformers."):
         model.config.has_own_code = True
         model.set_attn_implementation("sdpa")
     return cast(PreTrainedModel, model)
+
+
+class _StoredTensors(NamedTuple):
+    """The tensors of a base's files that its text model reads."""
+
+    files: folders.TensorFiles
+    names: dict[str, str]  # in the text model, by the name in the files
+    shapes: dict[str, tuple[int, ...]]  # by the name in the text model
+    left_out: set[str]  # names in the files of what else than text the whole model reads
+
+
+def _read_names(folder: Path, config: Any) -> _StoredTensors:
+    """Read the names and shapes of a base's tensors, and no numbers."""
+    files = folders.TensorFiles(folder)
+    shapes = files.shapes()
+    names = names_in_text(folder, config, shapes)
+    of_text = {name: shapes[stored_name] for stored_name, name in names.items()}
+    return _StoredTensors(files, names, of_text, shapes.keys() - names.keys())
+
+
+def _describe(folder: Path, config: Any, stored: _StoredTensors, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model of a config on the meta device, where a base's own code may not run.
+
+    Raises:
+        UserError: It has far more weights than the files, so that memory would be taken for what is missing; or two of
+            its tensors would be read from one.
+    """
+    described = empty_model(config, trust_remote_code=trust_remote_code)
+    n_described, n_stored = sum(map(torch.numel, described.parameters())), sum(map(math.prod, stored.shapes.values()))
+    if n_described > 2 * n_stored:  # packed ones count twice
+        raise UserError(
+            f"{folder / 'config.json'} describes {n_described:,} weights, and the files beside it hold "
+            f"{n_stored:,}: download or save the base again.",
+            "base.size",
+        )
+    check_unique(stored.names, described, folder)
+    return described
+
+
+def _choose_quantizer(settings: BitsAndBytesConfig, described: PreTrainedModel, folder: Path) -> BitsAndBytesConfig:
+    """Return the settings of a quantizer that packs experts too, if the model has some."""
+    experts.check_experts(described, "int8" if settings.load_in_8bit else "nf4", str(folder))
+    if experts.experts_of(described):
+        return experts.ExpertsConfig(**settings.to_diff_dict())
+    return settings
+
+
+def _dequantized_weights(
+    folder: Path, files: folders.TensorFiles, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Any]:
+    """Return arguments of ``from_pretrained`` that read a base in FP8 a weight at a time.
+
+    Only the class of a model takes them, ``AutoModelForCausalLM`` does not.
+    """
+    state_dict = {name: _DequantizedOnRead(files, name, dtype, device) for name in files}
+    weights: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
+    if (folder / "generation_config.json").is_file():
+        weights["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return weights
+
+
+def _check_report(
+    report: dict[str, Any],
+    model: Any,
+    described: PreTrainedModel | None,
+    stored: _StoredTensors,
+    folder: Path,
+    is_quantized_now: bool,
+) -> None:
+    """Check that every tensor of the files was read into one of its shape, and every tensor of the model filled."""
+    report["unexpected_keys"] -= stored.left_out
+    if described is not None:
+        if is_quantized_now:  # transformers compares no shape of what it quantizes
+            shapes, sizes = stored.shapes, {name: each.shape for name, each in described.named_parameters()}
+            report["mismatched_keys"] |= {
+                (name,) for name in sizes.keys() & shapes.keys() if sizes[name] != shapes[name]
+            }
+        tied = described.all_tied_weights_keys.keys()
+        report["unexpected_keys"] |= tied - model.all_tied_weights_keys.keys()  # a head that is not the embedding
+    check_loaded(report, folder, stored.shapes)
 
 
 class _DequantizedOnRead:

@@ -92,23 +92,15 @@ class ExactResume(Callback):
         if self._checkpoint is not None:
             content = self._checkpoint[KEY]
             _apply_current_settings(trainer, content.get("groups") or [{}] * len(self._groups), self._groups)
-            # Lightning may first end an epoch that was validated before: early stopping then reads these.
-            monitored = {name: torch.tensor(value) for name, value in content["monitored"].items()}
-            trainer.callback_metrics.update(monitored)
-            if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end:
-                _finish_batch(trainer)
+            _restore_monitored(trainer, content["monitored"])
+            _step_schedules_of_batch(trainer)
+            _begin_longer_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.restarting:  # then _FitLoop.on_advance_end (Lightning 2.6) leaves these schedules out
-            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        _step_schedules_of_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        progress: Any = trainer.fit_loop.epoch_progress
-        if progress.current.ready == progress.current.processed:
-            # After a resume at an epoch's end Lightning does not count the next epoch. A checkpoint from inside it
-            # would be read as one from its end, and the rest of the epoch would be lost.
-            progress.increment_ready()
-            progress.increment_started()
+        _count_epoch(trainer)
         if self._checkpoint is not None:  # last, since building loaders and iterators draws numbers too
             generators = self._checkpoint[KEY]["generators"]
             if trainer.global_rank < len(generators):
@@ -116,22 +108,65 @@ class ExactResume(Callback):
             self._checkpoint = None
 
 
-def _finish_batch(trainer: Trainer) -> None:
-    """Do what was still due when a checkpoint was saved in ``on_train_batch_end``, and Lightning 2.6 leaves out.
+# ---- what Lightning 2.6 counts or steps otherwise after a resume -----------------------------------------------------
+#
+# | corrected                          | when                       | by, and why                                     |
+# |------------------------------------|----------------------------|-------------------------------------------------|
+# | `trainer.val_check_batch`          | each start of training     | `_align_validations`: inside a window no        |
+# |                                    |                            | checkpoint can be exact                         |
+# | `trainer.callback_metrics`         | a resumed start            | `_restore_monitored`: early stopping reads them |
+# |                                    |                            | at the end of an epoch validated before         |
+# | schedules that follow a metric     | a resumed start, saved in  | `_step_schedules_of_batch`: they were due after |
+# |                                    | `on_train_batch_end`       | the save                                        |
+# | `epoch_progress.current.completed` | the same, at an epoch's    | `_step_schedules_of_batch`: one too high while  |
+# |                                    | end, for the time of a call| schedules of every n-th epoch read it           |
+# | `batch_progress`, restart stage    | the same, if the epoch has | `_begin_longer_epoch`: these batches would      |
+# |                                    | more batches now           | count as some of the next epoch                 |
+# | schedules of an epoch              | the end of an epoch that   | `_step_schedules_of_epoch`: they are left out   |
+# |                                    | was resumed at its end     |                                                 |
+# | `epoch_progress` ready, started    | the first batch after that | `_count_epoch`: a checkpoint from inside the    |
+# |                                    |                            | epoch would be read as one of its end           |
 
-    These are schedules that follow a metric; ``_TrainingEpochLoop.on_advance_end`` and ``_FitLoop.on_advance_end`` step
-    them after the save.
-    """
+
+def _restore_monitored(trainer: Trainer, monitored: Mapping[str, float]) -> None:
+    """Put back the metrics that a callback may read before anything is validated again."""
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
+
+
+def _step_schedules_of_batch(trainer: Trainer) -> None:
+    """Step the schedules that ``on_advance_end`` of both loops steps after a save in ``on_train_batch_end``."""
     epoch_loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    if not epoch_loop.restarted_on_train_batch_end:
+        return
     epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
     if trainer.is_last_batch:
-        epoch.completed -= 1  # _FitLoop.reset has counted this epoch, and schedules of every n-th epoch read it
+        epoch.completed -= 1  # _FitLoop.reset has counted this epoch
         epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         epoch.completed += 1
-        if epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
-            # it has more batches now, and _TrainingEpochLoop.reset would count these as some of the next epoch
-            epoch_loop.batch_progress.reset_on_run()
-            epoch_loop.reset_restart_stage()
+
+
+def _begin_longer_epoch(trainer: Trainer) -> None:
+    """Count from 0 the batches of an epoch that was at its end when it was saved, and has more now."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if not (epoch_loop.restarted_on_train_batch_end and trainer.is_last_batch):
+        return
+    if epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
+        epoch_loop.batch_progress.reset_on_run()
+        epoch_loop.reset_restart_stage()
+
+
+def _step_schedules_of_epoch(trainer: Trainer) -> None:
+    """Step the schedules that ``_FitLoop.on_advance_end`` leaves out while it restarts."""
+    if trainer.fit_loop.restarting:
+        trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def _count_epoch(trainer: Trainer) -> None:
+    """Count an epoch that Lightning began without counting it, after a resume at the end of the one before."""
+    progress: Any = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.processed:
+        progress.increment_ready()
+        progress.increment_started()
 
 
 # ---- random generators -----------------------------------------------------------------------------------------------

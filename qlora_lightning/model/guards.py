@@ -280,7 +280,7 @@ def _is_large(module: nn.Module | None) -> bool:
 
 def _sum_batch(module: Module, batch: Any) -> dict[str, float]:
     sums = module.sum_loss(module.micro_batch_of(batch) if is_packed(batch) else batch)
-    return {name: float(value) for name, value in sums.by_name().items()}
+    return {name: float(value) for name, value in sums.detach().by_name().items()}
 
 
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def _write_adapter(options: argparse.Namespace) -> None:
     from qlora_lightning.model.load.build import meta_base, put_adapters
     from qlora_lightning.model.load.wrapped import open_text_config
     from qlora_lightning.sources.folders import read_adapter_config
-    from qlora_lightning.sources.gguf import write_adapter
+    from qlora_lightning.sources.gguf_writer import write_adapter
 
     source, name = find_adapter(options.adapter, options.base), f"adapter-{options.adapter_gguf}.gguf"
     if (source.folder / EXTRA).is_file():
@@ -97,6 +97,7 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     from qlora_lightning.commands import merged_model
     from qlora_lightning.model.adapters.trained import find_adapter
     from qlora_lightning.model.merge import Merge, TrainedWeights
+    from qlora_lightning.sources.gguf_writer import begin_gguf, finish_gguf
 
     source, out, dtype = find_adapter(options.adapter, options.base), options.out, _DTYPES[options.dtype]
     quantization, compute_dtype = source.quantization, source.compute_dtype
@@ -123,11 +124,12 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         merged_model.write_companions(source, folder, dtype)
         writer = None
         if options.gguf:  # what it cannot hold is reported before the work
-            writer = merged_model.begin_gguf(folder, plan, options.gguf, source.base)
+            writer = begin_gguf(folder, plan.config, plan.shapes, options.gguf, source.base)
         merged_model.write_weights(plan, weights, source.base, folder, getattr(torch, dtype))
         gguf_file = None
         if writer is not None:
-            gguf_file = merged_model.finish_gguf(writer, source, folder, plan, options.gguf)
+            gguf_file = finish_gguf(writer, folder, plan.config, plan.shapes, options.gguf)
+            merged_model.write_modelfile(gguf_file, source, folder)
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = merged_model.check_written(source, folder, gguf_file, batch) if batch else None

@@ -1,22 +1,17 @@
-"""The files of a merged model: weights, config and tokenizer, a GGUF file for llama.cpp; loaded again and checked."""
+"""The files of a merged model: weights, config, tokenizer and a Modelfile; loaded again and checked."""
 
 import dataclasses
 import gc
 import itertools
 import json
-import math
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from gguf import GGMLQuantizationType
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,22 +29,14 @@ from qlora_lightning.model.load.wrapped import is_wrapper
 from qlora_lightning.model.merge import Merge, TrainedWeights
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.sources import folders
-from qlora_lightning.sources.gguf import CONVERT, architecture_of, permute_rows, rope_factors
+from qlora_lightning.sources.gguf_writer import architecture_of
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import count_of, progress_counter, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object, set_usual_mode, write_whole
 
-Array = npt.NDArray[Any]
 _LOGIT_BYTES = 200_000_000  # the reference's logits are kept: 1,000 tokens of 50,000 numbers
 _MAX_KL, _MAX_KL_OF_K_QUANTS = 1e-2, {"q4_k_m": 0.25, "q5_k_m": 0.15, "q6_k": 0.05}  # nats per token
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's names of the regular expressions by which tokenizers split text
-_SPLITS = {
-    rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "llama-bpe",
-    rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "qwen2",
-}
 
 
 def write_weights(
@@ -106,6 +93,19 @@ def write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
     folders.load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)
 
 
+def write_modelfile(file: Path, source: AdapterSource, folder: Path) -> None:
+    """Write the Modelfile, by which Ollama runs a GGUF file, beside it; stop tokens are those of the folder."""
+    tokenizer = folders.load_tokenizer(str(folder))
+    stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
+    # in JSON's quotes a token cannot end its line
+    lines = [f"FROM ./{file.name}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
+    system = source.data_settings.get("system")
+    if system and '"""' not in f'{system}"':  # Ollama unescapes nothing in its quotes
+        lines.append(f'SYSTEM """{system}"""')
+    # Ollama takes the chat template from the file, if it knows that
+    (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def _check_links(folder: Path) -> None:
     """Reject files of a tokenizer that are links out of its folder: what they lead to would be copied."""
     root = folder.resolve()
@@ -116,153 +116,6 @@ def _check_links(folder: Path) -> None:
                 f"{file} is a link to {file.resolve()}, which merge would copy: put the file itself there.",
                 "tokenizer.link",
             )
-
-
-# ---- a GGUF file -----------------------------------------------------------------------------------------------------
-
-
-def begin_gguf(folder: Path, plan: Merge, kind: str, base: folders.BaseFolder) -> gguf.GGUFWriter:
-    """Begin the GGUF file of a merged model's folder, in which there need be no weights yet.
-
-    Args:
-        folder: Folder of the merged model; the file gets a folder of its own in it, since beside a tokenizer's files
-            transformers misreads the tokenizer in a GGUF.
-        plan: Plan of the merged tensors.
-        kind: Type of matrices, ``q8_0``; with any other they are written as ``f16``.
-        base: The base; if it is a GGUF, its file says how text is split.
-
-    Raises:
-        UserError: The model's type, rotary embedding or tokenizer cannot be written.
-    """
-    kind = kind if kind == "q8_0" else "f16"
-    config, file = plan.config, folder / "gguf" / f"model-{kind}.gguf"
-    file.parent.mkdir()
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(base.name).name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_shape(writer, config)
-    _add_tokenizer(writer, folder, config.vocab_size, base)
-    factors = _rope_factors(config)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    names = gguf.get_tensor_name_map(architecture_of(config), config.num_hidden_layers)
-    for name, shape in plan.shapes.items():
-        quantization = _choose_type(shape, kind)
-        size = math.prod(gguf.quant_shape_to_byte_shape(shape, quantization))
-        gguf_name = names.get_name(name, (".weight", ".bias"))
-        writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    return writer
-
-
-def finish_gguf(writer: gguf.GGUFWriter, source: AdapterSource, folder: Path, plan: Merge, kind: str) -> Path:
-    """Write the tensors of a merged model's folder into its GGUF file, one after the other, and its Modelfile.
-
-    The k-quants are made from f16 by llama.cpp's program; without it the file of f16 stays. Returns the file.
-    """
-    file, tensors = Path(writer.path), folders.TensorFiles(folder)
-    with progress_counter("gguf", len(plan.shapes)) as advance:
-        for name, shape in plan.shapes.items():
-            values = np.ascontiguousarray(permute_rows(name, tensors.read(name).float().numpy(), plan.config))
-            writer.write_tensor_data(gguf.quants.quantize(values, _choose_type(shape, kind)))
-            advance(1)
-    writer.close()
-    if kind in _MAX_KL_OF_K_QUANTS and shutil.which("llama-quantize"):
-        half, file = file, file.with_name(f"model-{kind}.gguf")
-        command = ["llama-quantize", str(half), str(file), kind.upper()]
-        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if process.returncode:
-            message = f"--gguf {kind}: llama-quantize failed:\n{process.stderr or process.stdout}"
-            raise UserError(message, "gguf.llama_quantize")
-        half.unlink()
-    tokenizer = folders.load_tokenizer(str(folder))
-    stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
-    # in JSON's quotes a token cannot end its line
-    lines = [f"FROM ./{file.name}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
-    system = source.data_settings.get("system")
-    if system and '"""' not in f'{system}"':  # Ollama unescapes nothing in its quotes
-        lines.append(f'SYSTEM """{system}"""')
-    # Ollama takes the chat template from the file, if it knows that
-    (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return file
-
-
-def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    """Choose fp32 for vectors; for matrices q8_0 if that is the kind and their rows are full blocks, else f16."""
-    if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    block_size, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
-    is_q8_0 = kind == "q8_0" and shape[-1] % block_size == 0
-    return GGMLQuantizationType.Q8_0 if is_q8_0 else GGMLQuantizationType.F16
-
-
-def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-
-
-def _rope_factors(config: Any) -> Array | None:
-    """Return the divisors of Llama 3's scaling for each frequency, ``(head_dim / 2,)``; None without scaling."""
-    kind = config.rope_parameters["rope_type"]
-    if kind not in ("default", "llama3"):
-        raise UserError(f"--gguf writes no rotary embeddings of the kind {kind}. {CONVERT}")
-    return rope_factors(config).numpy().astype(np.float32) if kind == "llama3" else None
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base: folders.BaseFolder) -> None:
-    """Write tokens, their types, merges, special ids and the chat template of a tokenizer's folder.
-
-    Rows of the embedding (``vocabulary`` in all) without a token are marked as unused.
-    """
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
-        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {CONVERT}")
-    split = None
-    if base.gguf_file is not None:  # which names it
-        split = gguf.GGUFReader(base.gguf_file).get_field(gguf.Keys.Tokenizer.PRE)
-    types = gguf.TokenType
-    tokens = {token_id: (text, types.NORMAL) for text, token_id in content["model"]["vocab"].items()}
-    for token in content.get("added_tokens", []):
-        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
-    rows = [tokens.get(token_id, (f"[PAD{token_id}]", types.UNUSED)) for token_id in range(vocabulary)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_name_split(content.get("pre_tokenizer") or {}) if split is None else split.contents())
-    writer.add_token_list([text for text, _ in rows])
-    writer.add_token_types([kind for _, kind in rows])
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
-    # without this key llama.cpp begins every prompt with a BOS; templates write their own
-    special.add_special_token.setdefault("bos", False)
-    special.add_to_gguf(writer, quiet=True)
-
-
-def _name_split(pre_tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name of a pre-tokenizer."""
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [part.get("type") for part in parts]
-    if kinds == ["Split", "ByteLevel"] and parts[0].get("pattern", {}).get("Regex") in _SPLITS:
-        return _SPLITS[parts[0]["pattern"]["Regex"]]
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
-        return "gpt-2"
-    raise UserError(f"--gguf: llama.cpp's name for how this tokenizer splits text is unknown here. {CONVERT}")
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------

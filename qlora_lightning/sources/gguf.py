@@ -1,10 +1,7 @@
-"""GGUF files: one unpacked into an ordinary transformers folder, once; an adapter written as one, for llama.cpp."""
+"""A base that is a GGUF file, unpacked into an ordinary transformers folder, once."""
 
 import io
 import logging
-import math
-import re
-from collections.abc import Mapping
 from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +13,8 @@ from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, explaining
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from torch import Tensor
 
-CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
-_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # whose files are verified; llama.cpp has the same names
 _log = logging.getLogger(__name__)
 
 
@@ -145,90 +139,3 @@ def rope_factors(config: Any) -> "Tensor":
     inv_freq = LlamaRotaryEmbedding(config).inv_freq.float()
     factors: Tensor = config.rope_parameters["rope_theta"] ** -(torch.arange(len(inv_freq)) / len(inv_freq)) / inv_freq
     return factors
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def architecture_of(config: Any) -> Any:
-    """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
-    import gguf
-
-    model_type = getattr(config, "wrapper", config.model_type)
-    if model_type not in _MODEL_TYPES:
-        raise UserError(
-            f"--gguf writes models of the types {', '.join(_MODEL_TYPES)}, not of {model_type}. {CONVERT}", "gguf.type"
-        )
-    return gguf.MODEL_ARCH[config.model_type.upper()]
-
-
-def permute_rows(name: str, rows: "npt.NDArray[Any]", config: Any) -> "npt.NDArray[Any]":
-    """Put rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, with rotated pairs side by side.
-
-    transformers rotates the first half of a head's rows against the second, and so does llama.cpp in the other
-    architectures. Other tensors are returned as they are.
-    """
-    match = re.search(r"\.(q|k)_proj\.", name)
-    if match is None or config.model_type != "llama":
-        return rows
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    half_dim = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, 2, half_dim, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_adapter(file: Path, folder: Path, settings: Mapping[str, Any], config: Any, kind: str) -> None:
-    """Write the adapter of a folder as a GGUF file, which llama.cpp adds to its base by ``--lora``.
-
-    Args:
-        file: The file to write.
-        folder: The adapter folder.
-        settings: Its ``adapter_config.json``.
-        config: transformers' config of the base.
-        kind: Type of the tensors, ``f16`` or ``f32``.
-
-    Raises:
-        UserError: llama.cpp has no tensors for the type of model, or for all that the adapter trains.
-    """
-    import gguf
-    import numpy as np
-    from peft.utils.other import get_pattern_key
-    from safetensors.torch import load_file
-
-    architecture = architecture_of(config)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    tensors, alpha = load_file(folder / "adapter_model.safetensors"), float(settings["lora_alpha"])
-    if not alpha:
-        raise UserError(
-            f"lora_alpha of {folder} is 0, which llama.cpp takes for none: merge the adapter.", "gguf.adapter"
-        )
-    alphas = settings.get("alpha_pattern") or {}
-    dtype: type[np.floating[Any]] = np.float16 if kind == "f16" else np.float32
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.ALL_F32)
-    for key, stored in tensors.items():
-        tensor: Any = stored.float().numpy()
-        match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key)
-        name = None if match is None else names.get_name(f"{match[1]}.weight", (".weight",))
-        is_tied = name == "output.weight" and config.tie_word_embeddings  # of which a file has the embedding only
-        if match is None or name is None or is_tied:
-            raise UserError(
-                f"--adapter-gguf writes LoRA of linears, and llama.cpp has no place for {key} of {folder}: merge the "
-                "adapter, with --gguf.",
-                "gguf.adapter",
-            )
-        if match[2] == "B":  # llama.cpp multiplies by alpha / rank
-            own_alpha = alphas.get(get_pattern_key(list(alphas), match[1]), alpha)
-            rank = tensor.shape[1]
-            factor = own_alpha / alpha * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
-            tensor = permute_rows(f"{match[1]}.weight", tensor * np.float32(factor), config)
-        if np.abs(tensor).max() > np.finfo(dtype).max:
-            raise UserError(f"{key} of {folder} has values beyond {kind}: use --adapter-gguf f32.", "gguf.adapter")
-        writer.add_tensor(f"{name}.lora_{match[2].lower()}", np.ascontiguousarray(tensor.astype(dtype)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -94,7 +94,8 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     """Merge an adapter into its base, check the result, and write it into a folder, in place of an earlier merge."""
     import torch
 
-    from qlora_lightning.commands import merged_model
+    from qlora_lightning.commands.merge_check import check_written, sample_validation_rows
+    from qlora_lightning.commands.merged_model import write_companions, write_modelfile, write_weights
     from qlora_lightning.model.adapters.trained import find_adapter
     from qlora_lightning.model.merge import Merge, TrainedWeights
     from qlora_lightning.sources.gguf_writer import begin_gguf, finish_gguf
@@ -113,7 +114,7 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     batch = None
     if options.rows:
         arguments = [*fit_options, *([] if options.base is None else ["--model.base", options.base])]
-        batch = merged_model.sample_validation_rows(source.folder, options.rows, arguments, plan.config.vocab_size)
+        batch = sample_validation_rows(source.folder, options.rows, arguments, plan.config.vocab_size)
     figures: dict[str, Any] = {
         "adapter": str(source.folder),
         "base": source.identity.get("base", source.base.name),
@@ -121,18 +122,18 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         "dtype": dtype,
     }
     with naming_file(out), _atomic_folder(out) as folder:
-        merged_model.write_companions(source, folder, dtype)
+        write_companions(source, folder, dtype)
         writer = None
         if options.gguf:  # what it cannot hold is reported before the work
             writer = begin_gguf(folder, plan.config, plan.shapes, options.gguf, source.base)
-        merged_model.write_weights(plan, weights, source.base, folder, getattr(torch, dtype))
+        write_weights(plan, weights, source.base, folder, getattr(torch, dtype))
         gguf_file = None
         if writer is not None:
             gguf_file = finish_gguf(writer, folder, plan.config, plan.shapes, options.gguf)
-            merged_model.write_modelfile(gguf_file, source, folder)
+            write_modelfile(gguf_file, source, folder)
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-        figures["check"] = merged_model.check_written(source, folder, gguf_file, batch) if batch else None
+        figures["check"] = check_written(source, folder, gguf_file, batch) if batch else None
         write_whole(folder / MERGE_RECORD, figures)
     for name, size in figures["files"].items():
         say(f"{out / name}  {format_bytes(size)}")

@@ -17,7 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import merge as merge_command
-from qlora_lightning.commands.merged_model import compare_logits
+from qlora_lightning.commands.merge_check import compare_logits
 from qlora_lightning.model.merge import Merge
 from qlora_lightning.sources.folders import open_base
 from tests.adapters import make_run

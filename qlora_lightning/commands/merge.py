@@ -1,11 +1,8 @@
 """``qlora-lightning merge``: merge an adapter into its base, checked against both."""
 
 import argparse
-import contextlib
 import copy
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from qlora_lightning.sources.folders import stored_format
 from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import EXTRA, MERGE_RECORD, naming_file, write_whole
+from qlora_lightning.support.files import EXTRA, MERGE_RECORD, replacing_folder, write_whole
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.
@@ -80,7 +77,7 @@ def _write_adapter(options: argparse.Namespace) -> None:
         say(f"{source.folder / EXTRA}, trained beside the adapter, is not written: llama.cpp has no place for it.")
     config = open_text_config(source.base.folder, source.base.name)
     put_adapters(meta_base(copy.deepcopy(config)), source.folder)  # rejects what does not fit the base
-    with naming_file(options.out), _atomic_folder(options.out) as folder:
+    with replacing_folder(options.out, MERGE_RECORD) as folder:
         settings = read_adapter_config(source.folder)
         write_adapter(folder / name, source.folder, settings, config, options.adapter_gguf)
         size = (folder / name).stat().st_size
@@ -121,7 +118,7 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         "fingerprint": source.identity.get("fingerprint"),
         "dtype": dtype,
     }
-    with naming_file(out), _atomic_folder(out) as folder:
+    with replacing_folder(out, MERGE_RECORD) as folder:
         write_companions(source, folder, dtype)
         writer = None
         if options.gguf:  # what it cannot hold is reported before the work
@@ -139,25 +136,6 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         say(f"{out / name}  {format_bytes(size)}")
     if gguf_file is not None:
         _explain_gguf(out / "gguf" / gguf_file.name, options.gguf)
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces ``target`` at the end; if anything fails, it is removed."""
-    folder = Path(os.path.realpath(target))
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if (folder / MERGE_RECORD).is_file():  # by --force
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)  # fails if another process has filled a folder of that name
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _explain_gguf(file: Path, kind: str) -> None:

@@ -155,6 +155,7 @@ def _crc32(file: Path, mtime_ns: int) -> int:
 
 
 def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], None], label: str) -> None:
+    """Build an entry under its own name, not by ``replacing_folder``: what a kill leaves is then listed and cleared."""
     if folder.exists():
         _log.warning("The cached %s is damaged or unfinished (%s): removed, and made again.", label, folder)
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Writes files completely or not at all, and reads JSON and YAML with clear errors for damaged or ambiguous ones."""
+"""Writes files and folders whole or not at all; reads JSON and YAML with clear errors for damaged or ambiguous ones."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -71,6 +72,29 @@ def replacing(file: Path, unfinished: Path) -> Iterator[BinaryIO]:
     except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path, record: str) -> Iterator[Path]:
+    """Yield an empty folder that at the end gets the name ``target``; if it fails, nothing does.
+
+    An earlier folder of that name is replaced only if it holds the file ``record``, by which its kind is known.
+
+    Raises:
+        OSError: The disk is full or fails, or another folder of that name has files.
+    """
+    folder = Path(os.path.realpath(target))
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with naming_file(target):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if (folder / record).is_file():
+                shutil.rmtree(folder)
+            os.replace(unfinished, folder)  # fails if another process has filled a folder of that name
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def format_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -95,10 +95,10 @@ def save_adapter_folder(
     saves of a run, a kill leaves one adapter or the other. Else the old weights are deleted first, and a kill leaves a
     folder without weights, which every reader rejects.
 
-    The folder may hold an earlier adapter, and files of the user, which stay. A tokenizer, which may be ``None``, is
-    saved with its chat template and a ``generation_config.json``. The identity becomes ``qlora_lightning.json``.
-    ``stop_ids`` end generation beside the tokenizer's end and the base's own. ``extra`` are tensors beside the adapter,
-    see :func:`~qlora_lightning.model.adapters.inject.own_tensors`.
+    The folder may hold an earlier adapter, and files of the user, which stay: ``files.replacing_folder`` would remove
+    them. A tokenizer, which may be ``None``, is saved with its chat template and a ``generation_config.json``. The
+    identity becomes ``qlora_lightning.json``. ``stop_ids`` end generation beside the tokenizer's end and the base's
+    own. ``extra`` are tensors beside the adapter, see :func:`~qlora_lightning.model.adapters.inject.own_tensors`.
     """
     staging = folder / ".writing"
     shutil.rmtree(staging, ignore_errors=True)

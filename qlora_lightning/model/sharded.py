@@ -232,7 +232,8 @@ class ShardedDDPStrategy(DDPStrategy):
         module: Any = self.lightning_module
         if module.sharded_base is not None:
             return
-        module.sharded_base = ShardedBase(module.causal_lm, dist.new_group(), self.root_device, self.offload)
+        group: Any = dist.new_group()  # torch's type allows the number that a process outside of the group gets
+        module.sharded_base = ShardedBase(module.causal_lm, group, self.root_device, self.offload)
         module.to(self.root_device)
         module.sharded_base.start()
 

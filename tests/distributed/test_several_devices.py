@@ -59,7 +59,9 @@ def whole(folder) -> bytes:
     return adapter_bytes(folder / "whole")
 
 
-@pytest.mark.parametrize("words", [["fit", "ckpt_path last"], ["fit", "ddp_sharded"]], ids=["ddp", "ddp_sharded"])
+@pytest.mark.parametrize(
+    "words", [[f"{RECIPE}.yaml", "ckpt_path last"], ["fit", "ddp_sharded"]], ids=["ddp", "ddp_sharded"]
+)
 def test_one_machine(folder, whole, words):
     command = [*shown("qlora-lightning", *words), "--trainer.default_root_dir", f"one/{words[-1]}"]
     assert start(folder, command, "one.log").wait(900) == 0, (folder / "one.log").read_text()

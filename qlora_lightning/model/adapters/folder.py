@@ -1,13 +1,12 @@
 """The adapter folder: written whole or not at all, read, and its tensors put on a base."""
 
 import contextlib
-import copy
 import filecmp
 import inspect
 import itertools
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import peft
 import torch
 from huggingface_hub import ModelCardData
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,12 +28,11 @@ from qlora_lightning.model.adapters.inject import (
     new_lora_config,
     own_tensors,
     resolve_targets,
-    taken_for_experts,
     trainable_tensors,
 )
+from qlora_lightning.model.adapters.names import by_full_names, config_in_folder, key_in_folder, settings_here
 from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
-from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.model.model_types import layer_of
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.sources.tensors import tensor_names
@@ -45,10 +41,6 @@ from qlora_lightning.support.errors import UserError, bounded, explaining
 from qlora_lightning.support.trainer import say_once
 
 _WEIGHTS = "adapter_model.safetensors"
-_MODULES = (  # settings of PEFT that name modules
-    *("target_modules", "target_parameters", "feedforward_modules", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
-)
 _CARD = """---
 {metadata}
 ---
@@ -108,7 +100,7 @@ def save_adapter_folder(
         with files.raising_os_errors():
             tokenizer.save_pretrained(staging)
         files.write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
-    config = _config_for_plain_peft(model)
+    config = config_in_folder(model)
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
     card = _describe(identity, config.task_type, model, extra or {})
@@ -137,39 +129,6 @@ def save_adapter_folder(
         files.put_in_place(staging / name, folder / name)
     shutil.rmtree(staging)
     files.flush(folder.parent)
-
-
-def _config_for_plain_peft(model: peft.PeftModel) -> Any:
-    """Return the adapter's config as PEFT reads it, on the whole model if the base is the text of one.
-
-    PEFT takes short names and patterns. In a whole model they match other parts too, or nothing. Beside the experts of
-    some mixtures it takes names of modules for those of experts, and names of their weights as they are.
-    """
-    adapter = model.active_adapter
-    config, names, targets = copy.copy(model.peft_config[adapter]), _names_in_wrapper(model), dict[str, Any]()
-    for name in getattr(model.base_model, "targeted_module_names", ()):  # of all adapters
-        layer = model.get_base_model().get_submodule(name)
-        if any(adapter in getattr(layer, tensors) for tensors in layer.adapter_layer_names):
-            targets[name] = layer
-    is_lora = isinstance(config, peft.LoraConfig)
-    taken = taken_for_experts(model, targets) if is_lora else []
-    if names or taken:
-        config.target_modules = {*targets} - {*taken}
-    if is_lora and (names or taken):
-        parameters = config.target_parameters or ()
-        config.target_parameters = {*parameters, *(f"{name}.weight" for name in taken)} or None
-        for key in ("rank_pattern", "alpha_pattern"):
-            pattern = _by_full_names(getattr(config, key) or {}, [*targets, *parameters])
-            pattern = {f"{name}.weight" if name in taken else name: value for name, value in pattern.items()}
-            setattr(config, key, pattern)
-    if names and isinstance(config, peft.IA3Config):
-        config.feedforward_modules = {name for name, layer in targets.items() if layer.is_feedforward}
-    if names and config.modules_to_save:
-        modules = model.get_base_model().named_modules()
-        config.modules_to_save = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
-    for name, value in _rename_modules(vars(config), names).items():
-        setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
-    return config
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module, extra: Mapping[str, Tensor]) -> str:
@@ -251,25 +210,10 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
         )
     if init not in (True, False, "gaussian"):
         settings.pop("init_lora_weights", None)  # orthogonal, of an even rank alone: the values are there anyway
-    # linears beside experts are saved as parameters, see _config_for_plain_peft
-    parameters = [name for name in settings.get("target_parameters", ()) if not name.endswith(".weight")]
-    experts = tuple(name.rpartition(".")[0] or "experts" for name in parameters)  # the ends of their names
-    names = [name.removeprefix("base_model.model.") for name in tensor_names(folder / _WEIGHTS)]
-    carriers = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
-    linears = sorted(name for name in carriers if not name.removesuffix(".base_layer").endswith(experts))
-    settings |= {"target_parameters": parameters or None, "target_modules": linears}
-    patterns = ("rank_pattern", "alpha_pattern")
-    for key in patterns:
-        settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
     message = f"{folder / 'adapter_config.json'} is no config of a LoRA adapter"
-    with bounded(message, "adapter_config.json", explains=True):  # PEFT matches them again, without a bound
-        matched = {key: _by_full_names(settings[key], [*linears, *parameters]) for key in patterns}
-    if in_text := {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}:
-        settings |= matched
-        saved = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
-        endings = tuple(settings.get("modules_to_save", ()))
-        settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
-        settings |= _rename_modules(settings, in_text)
+    keys = tensor_names(folder / _WEIGHTS)
+    with bounded(message, "adapter_config.json", explains=True):
+        settings = settings_here(settings, keys, base_config)
     with explaining(message, "adapter_config.json"):
         return peft.LoraConfig(**settings)
 
@@ -338,7 +282,7 @@ def _effect_of(options: Mapping[str, Any], base: Any, names: Sequence[str]) -> d
     """Return what options of ``peft.LoraConfig`` do to an adapter of a folder, on these modules, in one form."""
     effect = {name: value for name, value in options.items() if value and name != "init_lora_weights"}
     for key in {"rank_pattern", "alpha_pattern"} & effect.keys():
-        effect[key] = _by_full_names(effect[key], names)
+        effect[key] = by_full_names(effect[key], names)
     if base is not None and (endings := tuple(effect.get("modules_to_save", ()))):
         effect["modules_to_save"] = [name for name, _ in base.named_modules() if name.endswith(endings)]
     return effect
@@ -457,27 +401,5 @@ def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, adapter_tensors(model, adapter), adapter_name=adapter, save_embedding_layers=False
     )
-    names = {f"base_model.model.{own}": f"base_model.model.{whole}" for own, whole in _names_in_wrapper(model).items()}
-    return {rename(key, names): tensor for key, tensor in tensors.items()}
-
-
-def _names_in_wrapper(model: peft.PeftModel) -> dict[str, str]:
-    return getattr(model.get_base_model().config, "names_in_wrapper", {})
-
-
-def _by_full_names(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return what PEFT finds for names in a pattern, which has the ends of names, or regular expressions for them."""
-    keys = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if nothing matches
-    return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
-
-
-def _rename_modules(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Return those of PEFT's settings that name modules, with other prefixes."""
-    renamed: dict[str, Any] = {}
-    for key in _MODULES:
-        value = settings.get(key)
-        if isinstance(value, dict):
-            renamed[key] = {rename(name, prefixes): each for name, each in value.items()}
-        elif isinstance(value, list | set):
-            renamed[key] = type(value)(rename(name, prefixes) if isinstance(name, str) else name for name in value)
-    return renamed
+    config = model.get_base_model().config
+    return {key_in_folder(key, config): tensor for key, tensor in tensors.items()}

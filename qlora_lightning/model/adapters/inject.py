@@ -5,7 +5,7 @@ import copy
 import itertools
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import bitsandbytes as bnb
@@ -13,10 +13,10 @@ import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_lightning.model.adapters.names import keeping_targets, taken_for_experts
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
 from qlora_lightning.model.model_types import LINEARS, causal_lm_of, decoder_layers, layer_of
 from qlora_lightning.support.errors import UserError, check_setting, explaining
@@ -90,24 +90,6 @@ def new_lora_config(
         target_parameters=experts or None,
         **options,
     )
-
-
-def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
-    """Return the targets that PEFT, by their last names, takes for those of the experts beside them.
-
-    It opens so the adapters of an older transformers, in which each expert had linears of these names. Those of the
-    MLPs that a mixture has beside its experts are saved as ``target_parameters``, which it leaves where they are.
-    """
-    taken = set()
-    for last_name in {name.rpartition(".")[2] for name in targets}:
-        config = peft.LoraConfig(target_modules=[last_name])
-        try:
-            convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # it moves some names only together
-            taken.add(last_name)
-        if last_name not in config.target_modules:
-            taken.add(last_name)
-    return [name for name in targets if name.rpartition(".")[2] in taken]
 
 
 def check_options(options: Mapping[str, Any] | None) -> None:
@@ -229,7 +211,7 @@ def inject(
     # PEFT's warnings do not help users, or are about what is rejected here
     with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings(action="ignore"), explained:
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        with adapting_experts(base, config), _hiding_type(base):
+        with adapting_experts(base, config), keeping_targets(base):
             if model is base:
                 model = peft.get_peft_model(base, config, adapter_name=name)
             else:
@@ -253,16 +235,6 @@ def inject(
 
 def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
     return output.to(module.original_module.weight.dtype)
-
-
-@contextlib.contextmanager
-def _hiding_type(base: Any) -> Iterator[None]:
-    """Hide the type of a base, by which PEFT would move targets to the experts: see :func:`taken_for_experts`."""
-    model_type, base.config.model_type = base.config.model_type, ""
-    try:
-        yield
-    finally:
-        base.config.model_type = model_type
 
 
 def _check_experts(base: Any, config: peft.LoraConfig, source: str) -> None:

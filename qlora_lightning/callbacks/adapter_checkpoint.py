@@ -20,7 +20,7 @@ from qlora_lightning.model.adapters.inject import copy_tensors, saved_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError, check_setting, find_disk_fault
+from qlora_lightning.support.errors import UserError, find_disk_fault
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, LAST, replacing
 from qlora_lightning.support.settings import check_arguments, check_mode, natural_mode
 from qlora_lightning.support.trainer import (
@@ -31,6 +31,7 @@ from qlora_lightning.support.trainer import (
     say_once,
     validation_follows,
 )
+from qlora_lightning.support.values import check_setting
 
 _UNFINISHED = "unfinished"  # the name of a checkpoint that is being written
 

@@ -23,10 +23,11 @@ from qlora_lightning.commands.config import CALLBACKS, TRAINER_DEFAULTS, expand_
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 from qlora_lightning.support.settings import NUMBERS, check_trainer_settings
 from qlora_lightning.support.trainer import is_trial_run, say_once
+from qlora_lightning.support.values import check_setting
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
 _CALLBACKS: dict[str, type[Callback]] = {

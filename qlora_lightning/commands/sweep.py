@@ -30,8 +30,9 @@ from qlora_lightning.commands.sweep_trials import (
     plan_search,
 )
 from qlora_lightning.support.console import make_table, say
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole
+from qlora_lightning.support.values import check_setting
 
 if TYPE_CHECKING:
     from qlora_lightning.commands.fit import QLoRACLI

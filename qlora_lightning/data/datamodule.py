@@ -24,9 +24,9 @@ from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, ident
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import show_controls
-from qlora_lightning.support.errors import UserError, bounded, check_setting
-from qlora_lightning.support.files import fits
+from qlora_lightning.support.errors import UserError, bounded
 from qlora_lightning.support.settings import check_arguments
+from qlora_lightning.support.values import check_setting, fits
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")

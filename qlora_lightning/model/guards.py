@@ -35,10 +35,11 @@ from qlora_lightning.model.step.packed import (
 )
 from qlora_lightning.support import trainer as trainers
 from qlora_lightning.support.console import count_of
-from qlora_lightning.support.errors import Diverged, NothingTrained, UserError, check_setting
+from qlora_lightning.support.errors import Diverged, NothingTrained, UserError
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.settings import check_mode, check_trainer_settings
 from qlora_lightning.support.trainer import datamodule_of, find_callback
+from qlora_lightning.support.values import check_setting
 
 _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.StochasticWeightAveraging: "averages the whole model, packed bytes too",

@@ -34,8 +34,9 @@ from qlora_lightning.model.step import optimizer as optimizers
 from qlora_lightning.model.step.validation import ValidationLosses
 from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.settings import check_arguments
+from qlora_lightning.support.values import check_setting
 
 
 class QLoRAModule(lightning.LightningModule):

@@ -17,9 +17,10 @@ from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import samples_of
 from qlora_lightning.sources.folders import find_adapter_folder
 from qlora_lightning.sources.tensors import IGNORED
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.settings import check_arguments
 from qlora_lightning.support.trainer import datamodule_of, trainer_of
+from qlora_lightning.support.values import check_setting
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}

@@ -38,12 +38,6 @@ class NothingTrained(UserError):
     """A fit has ended without a step, though it had steps to take; the command's exit code is 1."""
 
 
-def check_setting(key: str, value: object, is_valid: bool, expected: str) -> None:
-    """Reject the value of a setting, by its YAML name, with what was expected."""
-    if not is_valid:
-        raise UserError(f"{key} is {value!r}: expected {expected}.", key)
-
-
 def describe_error(error: BaseException) -> str:
     """Return the class and the words of a library's error, in one line, to quote it in a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].removesuffix(": ")

@@ -10,12 +10,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
+from typing import Any, BinaryIO
 
 import yaml
 
 from qlora_lightning.support.errors import UserError, bounded
+from qlora_lightning.support.values import fits
 
 # The names in a run folder.
 CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
@@ -213,30 +213,6 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Any], source: str,
             expected = "object" if isinstance(hint, Mapping) else expected
             message = f"{source}: {key} is {found}, expected {expected.removeprefix('typing.')}. {remedy}"
             raise UserError(message, key)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, where a float may be whole and a bool is no number, or null or in a range."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, each) for each in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, origin) and all(
-            fits(key, arguments[0]) and fits(item, arguments[1]) for key, item in value.items()
-        )
-    if origin is Literal:
-        return value in arguments
-    if hint is None:
-        return value is None
-    if isinstance(value, bool) and (hint in (int, float) or isinstance(hint, range)):
-        return False
-    if isinstance(hint, range):
-        return value is None or value in hint
-    if hint is float:
-        return isinstance(value, int | float) and abs(value) < 1e13  # no time or size is larger, and none is NaN
-    return isinstance(value, hint)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,47 +1,15 @@
 """Which values settings take: numbers and their bounds by YAML key, names, and what the Trainer's settings must be."""
 
-import math
 import re
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal
 
 from lightning import Trainer
 
-from qlora_lightning.support.errors import UserError, check_setting
-from qlora_lightning.support.files import fits
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers that a setting takes: ``value in bounds``. NaN and a bool never are.
-
-    Attributes:
-        expected: What a message calls them.
-        above: The value is larger.
-        below: The value is smaller.
-        minimum: The value is at least this.
-        whole: The value is an integer.
-        whole_from: It is one from here on.
-        infinite: The value may be infinity too.
-    """
-
-    expected: str
-    above: float = -math.inf
-    below: float = math.inf
-    minimum: float = -math.inf
-    whole: bool = False
-    whole_from: float = math.inf
-    infinite: bool = False
-
-    def __contains__(self, value: Any) -> bool:
-        is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        is_number = is_number and (isinstance(value, Integral) or value < self.whole_from)
-        is_within = is_number and bool(self.above < value < self.below and value >= self.minimum)
-        return is_within or (self.infinite and value == math.inf)
-
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.values import Bounds, check_setting, fits
 
 _COUNT = Bounds("1 or more", minimum=1, whole=True)
 _COUNT_OR_ZERO = Bounds("0 or more", minimum=0, whole=True)

@@ -12,8 +12,9 @@ import jinja2
 import jinja2.meta
 
 from qlora_lightning.data.rows.content import REASONING_KEYS
-from qlora_lightning.support.errors import UserError, bounded, check_setting, nearest
+from qlora_lightning.support.errors import UserError, bounded, nearest
 from qlora_lightning.support.files import read_json_object
+from qlora_lightning.support.values import check_setting
 
 # each preset with the control tokens that it writes besides the tokenizer's own BOS and end-of-sequence tokens
 PRESETS: dict[str, tuple[str, ...]] = {

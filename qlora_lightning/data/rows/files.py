@@ -19,9 +19,10 @@ import fsspec.core
 
 from qlora_lightning.data.rows.content import MAX_TEXT, TOO_LARGE, RowFault, kind_of, parse_json
 from qlora_lightning.support.console import count_of
-from qlora_lightning.support.errors import UserError, bounded, check_setting, explaining, nearest
-from qlora_lightning.support.files import fits, load_json
+from qlora_lightning.support.errors import UserError, bounded, explaining, nearest
+from qlora_lightning.support.files import load_json
 from qlora_lightning.support.settings import NUMBERS
+from qlora_lightning.support.values import check_setting, fits
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from qlora_lightning.model.adapters.names import keeping_targets, taken_for_experts
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
 from qlora_lightning.model.model_types import LINEARS, causal_lm_of, decoder_layers, layer_of
-from qlora_lightning.support.errors import UserError, check_setting, explaining
-from qlora_lightning.support.files import fits
+from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.values import check_setting, fits
 
 _KEY = "model.lora_options"
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with

@@ -59,20 +59,6 @@ def weight_names(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def routers_of(model: nn.Module) -> set[nn.Module]:
-    """Return the linears that choose experts, which no preset adapts; in many types the router is no linear."""
-    modules = (named for layer in decoder_layers(model) for named in layer.named_modules())
-    routers = {"gate", "router"}
-    return {module for name, module in modules if isinstance(module, nn.Linear) and routers & {*name.split(".")}}
-
-
-def experts_per_token(config: Any) -> int:
-    """Return how many experts a token has at most."""
-    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
-    count = next((count for name in names if (count := getattr(config, name, None)) is not None), 1)
-    return max(count) if isinstance(count, list) else int(count)
-
-
 # ---- packed weights --------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +224,21 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
         )
 
 
-# ---- the products ----------------------------------------------------------------------------------------------------
+# ---- routing ---------------------------------------------------------------------------------------------------------
+
+
+def routers_of(model: nn.Module) -> set[nn.Module]:
+    """Return the linears that choose experts, which no preset adapts; in many types the router is no linear."""
+    modules = (named for layer in decoder_layers(model) for named in layer.named_modules())
+    routers = {"gate", "router"}
+    return {module for name, module in modules if isinstance(module, nn.Linear) and routers & {*name.split(".")}}
+
+
+def experts_per_token(config: Any) -> int:
+    """Return how many experts a token has at most."""
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    count = next((count for name in names if (count := getattr(config, name, None)) is not None), 1)
+    return max(count) if isinstance(count, list) else int(count)
 
 
 Slices = Mapping[int, slice]  # of each expert that has any: its pairs of a token and an expert, sorted by expert
@@ -256,6 +256,9 @@ def sort_by_expert(top_k_index: Tensor, n_experts: int) -> tuple[Tensor, Tensor,
     assert bounds[-1] == len(flat), "each index names an expert"
     slices = {expert: slice(*pairs) for expert, pairs in enumerate(itertools.pairwise(bounds)) if pairs[0] < pairs[1]}
     return order, order.argsort(), slices
+
+
+# ---- the products ----------------------------------------------------------------------------------------------------
 
 
 class ExpertWeights:

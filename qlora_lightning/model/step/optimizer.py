@@ -13,7 +13,8 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.support.errors import UserError, check_setting, explaining
+from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.values import check_setting
 
 ParameterGroups = list[dict[str, Any]]
 LearningRate = float | Literal["auto"]

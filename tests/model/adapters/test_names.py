@@ -1,4 +1,4 @@
-"""The names of an adapter here and in its folder: there, back and there again is one folder, with the names expected."""
+"""The names of an adapter here and in its folder: there, back and there again is one folder, with names as expected."""
 
 import json
 

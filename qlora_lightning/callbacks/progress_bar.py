@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.progress import TextColumn, TimeRemainingColumn
 
-from qlora_lightning.support.console import terminal
+from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.files import MEMORY_PEAKS
 from qlora_lightning.support.trainer import planned_steps
 
@@ -74,7 +74,7 @@ class ProgressLines(ProgressBar):
         if total is not None:
             seconds_per_step = (time.monotonic() - self._began) / (step - self._first_step)
             parts.append(f"{timedelta(seconds=round(seconds_per_step * max(0, total - step)))} left")
-        print(", ".join(parts), flush=True)
+        say(", ".join(parts))
 
 
 def _format_metrics(trainer: Trainer) -> dict[str, str]:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         [name, next((line for line in lines if line.startswith("#")), "").lstrip("# ")] for name, lines in texts.items()
     ]
     say(make_table(("recipe", "what it does"), rows, box=False, right=False))
-    print("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
+    say("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
     return 0
 
 
@@ -62,5 +62,5 @@ def _copy(config: Path, *, force: bool) -> None:
             )
     for source, target in copies.items():
         write_whole(target, source.read_bytes())
-        print(f"wrote {target}")
-    print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")
+        say(f"wrote {target}")
+    say(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")

@@ -198,7 +198,7 @@ class Comparison:
             for name, text in self._show(index).items():
                 text = shorten_text(text.strip(), _MAX_LENGTH, from_end=name == "prompt")
                 table.add_row(escape(name), escape(text))
-            terminal().print(table)
+            say(table)
 
     def _show(self, index: int) -> dict[str, str]:
         row, settings = self.rows[index], self.settings

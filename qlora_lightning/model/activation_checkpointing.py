@@ -49,6 +49,7 @@ class GradientCheckpointing(Callback):
         """Checkpoint the layers if that is the choice; what a ``build_model`` has enabled stays on without."""
         self.switch_back()
         if choice.checkpointed:
+            # transformers' switch is on modules of this class, in some types on more than the decoder layers
             layers = [layer for layer in causal_lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
             self._before = {layer: layer.gradient_checkpointing for layer in layers}
             enable_activation_checkpointing(causal_lm, choice.offload)

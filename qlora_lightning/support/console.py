@@ -1,4 +1,10 @@
-"""Printed output: control characters of paths, rows and answers are shown, not sent to the terminal."""
+"""Printed output: control characters of paths, rows and answers are shown, not sent to the terminal.
+
+What a command or a callback tells its user is printed by :func:`say`, and by ``say_once`` of :mod:`.trainer` where
+several processes run. What a reader of rows has found is logged by Lightning, as what Lightning itself says: a script
+that uses only the data silences it as usual. Only JSON for another program, and what is printed before these libraries
+are imported, goes by ``print``.
+"""
 
 import contextlib
 import logging

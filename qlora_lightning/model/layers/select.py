@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.layers.attention import packed_attention
@@ -23,7 +22,7 @@ from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedN
 from qlora_lightning.model.layers.experts import FusedExperts
 from qlora_lightning.model.layers.lora import Fused, FusedInt8Linear, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.model.layers.mixer import PackedMixer, pack_mixers
-from qlora_lightning.model.model_types import EAGER_TYPES, causal_lm_of, runs_packed
+from qlora_lightning.model.model_types import EAGER_TYPES, causal_lm_of, decoder_layers, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _PACKED_ATTENTION = "qlora_packed"
@@ -47,8 +46,9 @@ def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
     """Replace layers and last norm of transformers, LoRA linears of PEFT and int8 linears; choose which run fused."""
     modeling = _modeling_of(model)
     causal_lm = causal_lm_of(model)
+    layers = {*decoder_layers(causal_lm)}
     for name, module in list(model.named_modules()) if fused else []:
-        if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == modeling:
+        if module in layers and type(module).__module__ == modeling:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit, PeftLinear8bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
@@ -95,12 +95,12 @@ def choose_layers(model: Any) -> Fusion:
     if runs_packed(causal_lm.config):
         pack_mixers(causal_lm)
     _set_recompute_contexts(causal_lm)
-    fusion, modeling = Fusion({}, {}), _modeling_of(model)
+    fusion, modeling, layers = Fusion({}, {}), _modeling_of(model), {*decoder_layers(causal_lm)}
     for name, module in model.named_modules():
         reason: str | None = None
         if isinstance(module, LoraLayer) and not isinstance(module, FusedExperts):
             reason = fusion.linears[name] = _fallback_reason_of_linear(module)
-        elif isinstance(module, GradientCheckpointingLayer):
+        elif module in layers:
             reason = fusion.layers[name] = _fallback_reason_of_layer(module, modeling)
         elif isinstance(module, FusedNorm) and _trains(module):
             reason = _NONSTANDARD

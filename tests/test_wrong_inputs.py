@@ -306,6 +306,23 @@ WRONG = [
     wrong(f"{SWEEP} --search model.rnak=2,4", "There is no key 'model.rnak'. Did you mean 'model.rank'?"),
     wrong(f"{SWEEP} --search model.rank=1..x", "expected KEY=LOW..HIGH"),
     wrong(f"{SWEEP} --search model.rank=0..4", "model.rank is 0: expected"),
+    *(
+        wrong(f"{SWEEP} --search model.rank={values}", f"'model.rank={values}': expected KEY=LOW..HIGH, or two values")
+        for values in ("8..2", "4..4", "2..", "2..nan", "2", "2,2", "")
+    ),
+    wrong(f"{SWEEP} --search model.learning_rate=1e-4..inf", "expected KEY=LOW..HIGH"),
+    wrong(f"{SWEEP} --search model.rank", "'model.rank': expected KEY=LOW..HIGH"),
+    wrong(f"{SWEEP} --search model.rank=2..4.5", "model.rank: Expected", "int", "2.0"),
+    wrong(f"{SWEEP} --search seed_everything=1,2", "--search seed_everything: use --seeds"),
+    wrong(f"{SWEEP} --search ckpt_path=best,last", "--search ckpt_path: each trial continues by itself"),
+    wrong(f"{SWEEP} --search trainer.default_root_dir=a,b", "trainer.default_root_dir: each trial has a folder of its"),
+    wrong(f"{SWEEP} --search trainer.devices=1,2", "--search trainer.devices: each trial has one"),
+    wrong(f"{SWEEP} --search model.rank=2,4 --model.alpha 4", "The sweep sets model.alpha itself"),
+    wrong(f"{SWEEP} --search model.rank=2,4 --search model.rank=8..9", "--search has a key twice: model.rank"),
+    wrong(f"{SWEEP} --search model.rank=2..4 --trials 4", "--search has 3 combinations: pass --trials 3"),
+    wrong(f"{SWEEP} --search model.rank=1..6 --trials 5 --prune", "--prune begins after 5 trials, and there are 5"),
+    wrong(f"{SWEEP} --search model.rank=1..6 --prune", "--prune needs several validations in a trial"),
+    wrong(f"{SWEEP} --search data.max_length=512,50", "With data.max_length=50 the validation rows are others"),
     wrong(f"{SWEEP} --search model.rank=2,4 --trials 2", "--trials is for ranges"),
     wrong(f"{SWEEP} --search evaluation.rows=2,4", "it changes no training"),
     wrong(f"{SWEEP} --seed_everything false", "seed_everything is false", "set it to a number"),

@@ -20,20 +20,20 @@ from qlora_lightning.version import __version__
 
 COMMANDS = {
     "fit": ("fit", "train adapters on a quantized base"),
-    "validate": ("fit", "loss, perplexity and token accuracy on the validation rows"),
-    "test": ("fit", "the same on the test rows"),
-    "predict": ("fit", "answer the rows of data.predict into predictions.jsonl"),
-    "inspect": ("inspection", "report on the data, and show rows as the model sees them"),
-    "plan": ("plan", "show the model, its memory and the run's length, before loading"),
-    "evaluate": ("evaluate", "base against adapters on the same rows"),
-    "sweep": ("sweep", "double the rank until it stops paying, or search settings"),
-    "report": ("report", "make the page of a run again, or compare several runs"),
-    "merge": ("merge", "merge an adapter into its base, checked, for any tool to load"),
-    "chat": ("chat", "talk to an adapter, or ask it once with --prompt"),
-    "cache": ("cache", "list or clear bases, samples and kernels that are kept on disk"),
-    "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
+    "validate": ("fit", "report loss, perplexity and token accuracy on the validation rows"),
+    "test": ("fit", "report the same on the test rows"),
+    "predict": ("fit", "generate answers for the rows of data.predict, into predictions.jsonl"),
+    "inspect": ("inspection", "check your data, and show rows as the model sees them"),
+    "plan": ("plan", "estimate memory, steps and tokens before anything is loaded"),
+    "evaluate": ("evaluate", "compare a base and its adapters on the same rows"),
+    "sweep": ("sweep", "raise the rank until it stops helping, or search other settings"),
+    "report": ("report", "rebuild the report page of a run, or compare several runs"),
+    "merge": ("merge", "merge an adapter into its base, and check the result"),
+    "chat": ("chat", "chat with an adapter, or send one message with --prompt"),
+    "cache": ("cache", "list or clear cached bases, samples and kernels"),
+    "recipes": ("recipes", "list the configs that ship with the package, or copy one"),
 }
-"""Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
+"""Name of a command: its module in ``qlora_lightning.commands``, which has a ``main``, and one line of help."""
 _OPTIONS_OF_FIT = ("fit", "inspection", "plan", "evaluate", "sweep", "merge")
 _TRAINING = ("fit", "sweep")  # too long to repeat for a traceback, which they show at once
 _CODE = re.compile(  # a setting that may name a class or function, as an option or in YAML, and the module of the name
@@ -44,13 +44,13 @@ _CODE = re.compile(  # a setting that may name a class or function, as an option
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml", ".gguf")  # no names of code
 _HELP = """usage: qlora-lightning COMMAND [options]
 
-QLoRA fine-tuning of LLaMA models and their relatives: a base in 4 or 8 bits, small adapters on top.
+QLoRA fine-tuning of LLaMA and related models: small adapters on a 4-bit or 8-bit base.
 
 commands:
 {commands}
 
-  qlora-lightning COMMAND --help explains a command, --debug shows the traceback of an error.
-  To begin:
+  Run qlora-lightning COMMAND --help for details. Add --debug to see the traceback of an error.
+  Get started:
 
   qlora-lightning recipes copy quickstart
   qlora-lightning fit --config configs/quickstart.yaml

@@ -39,21 +39,23 @@ _UNFINISHED = "unfinished"  # the name of a checkpoint that is being written
 class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
-    What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps *and* every n minutes,
-    once if several are due, each at the end of an optimizer step, and write the PEFT folder. A run folder holds one
-    run, of one process at a time. Every file is written under another name and renamed, ``last.ckpt`` last: a kill at
-    any moment leaves a complete state. A resume completes the save that a kill has cut short.
+    Unlike Lightning's ``ModelCheckpoint``, it saves at validations *and* every n steps *and* every n minutes, and
+    writes the PEFT folder. It saves at the end of an optimizer step, and only once if several saves are due.
+
+    A run folder holds one run, which one process may train at a time. Every file is written under another name and then
+    renamed, ``last.ckpt`` last. So a kill at any moment leaves a complete state. A resume completes a save that a kill
+    cut short.
 
     Args:
-        every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: only at each validation,
-            at the end and ``every_minutes``.
-        monitor: Metric that decides which adapter is best; without validation data it is the last.
-        save_top_k: How many best checkpoints to keep besides ``last.ckpt``.
-        mode: Whether a small or a large ``monitor`` is good; ``None``: a small loss or perplexity, a large accuracy or
-            match, as they are logged here; a metric of your own needs it.
+        every_n_train_steps: Also write ``last.ckpt`` every N optimizer steps; ``None`` saves only at each validation,
+            at the end and by ``every_minutes``.
+        monitor: Metric that decides which adapter is best; without validation data, the last one is.
+        save_top_k: Number of best checkpoints to keep besides ``last.ckpt``.
+        mode: ``min`` or ``max``; ``None`` chooses it for the losses, perplexities, accuracies and matches that are
+            logged here. Set it for a metric of your own.
         enabled: ``False`` writes nothing.
-        every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
-            ``None``: time does not count.
+        every_minutes: Also write ``last.ckpt`` when this many minutes have passed since the last save; ``None`` ignores
+            the time.
     """
 
     def __init__(

@@ -33,25 +33,24 @@ _NOT_EVALUATED = "Not evaluated at step {}: {} `qlora-lightning evaluate` can do
 
 
 class Evaluation(Callback):
-    """Answer validation rows from their prompts alone, greedily, and score the answers.
+    """Generate answers for validation rows from their prompts alone, greedily, and score them.
 
-    At the end of a fit base and best adapter are compared on all validation rows by their loss and on ``rows`` of them
-    by their answers; what is printed goes to ``evaluation.json`` too. During validations, if asked for, the same rows
-    are answered in the pass that computes the loss, and ``val_exact_match`` and the like are logged.
+    At the end of a fit, base and best adapter are compared: by loss on all validation rows, and by generated answers on
+    ``rows`` of them. The figures are printed and written to ``evaluation.json``. With ``every_n_validations``, answers
+    for the same rows are also generated during validation, and ``val_exact_match`` and the like are logged.
 
     Args:
         enabled: ``False`` evaluates nothing.
-        rows: How many validation rows to answer, evenly spaced over all of them.
-        every_n_validations: Also answer at every so many validations; ``None``: only at the end of the fit.
-        max_new_tokens: Length at which an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
-        scores: Names of scores, functions of yours ``(answer, expected) -> number from 0 to 1``, in YAML by dotted
-            paths, or ``auto``: those that fit the expected answers.
-        batch_size: Rows that are answered together, at most.
-        samples: How many rows to show with the answers of both.
-        forgetting: A file of rows that have nothing to do with the task, or a mapping as
-            ``{path: …, format: text}``. The loss of base and adapter on them shows how much was forgotten; ``None``:
-            it is not computed.
-        forgetting_rows: How many rows of that file, the first ones.
+        rows: Number of validation rows to generate answers for, evenly spaced.
+        every_n_validations: Also generate at every Nth validation; ``None``: only at the end of the fit.
+        max_new_tokens: Maximum length of an answer; ``None`` means twice the longest expected one, from 32 to 512.
+        scores: Names of scores, your own functions ``(answer, expected) -> number from 0 to 1`` (in YAML by dotted
+            path), or ``auto`` for those that fit the expected answers.
+        batch_size: Maximum number of rows in a batch.
+        samples: Number of rows to show with both answers.
+        forgetting: A file of rows unrelated to the task, or a mapping such as ``{path: …, format: text}``. The loss of
+            base and adapter on them shows how much was forgotten. With ``None``, it is not computed.
+        forgetting_rows: Number of rows to read from that file. They are its first ones.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ from qlora_lightning.support.settings import check_arguments
 class GPUMemoryMonitor(Callback):
     """Log memory in GiB per logging interval, and report the peak after loading.
 
-    It is named for the GPU, whose memory is short. On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib``
-    and ``memory_peak_gib`` (the peak since the last logging, which resets it). Elsewhere it logs the process:
-    ``private_memory_gib`` (without a base mapped from a file) and ``peak_rss_gib`` (the peak since it began).
+    On CUDA, it logs ``memory_allocated_gib``, ``memory_reserved_gib`` and ``memory_peak_gib`` (the peak since the last
+    logging, which resets it). On a CPU, it logs the memory of the process: ``private_memory_gib`` (without a base that
+    is mapped from a file) and ``peak_rss_gib`` (the peak since the process began).
 
     Args:
         enabled: ``False`` logs nothing.
@@ -49,9 +49,9 @@ class GPUMemoryMonitor(Callback):
 class ThroughputMonitor(Callback):
     """Log speed per optimizer step, over all ranks.
 
-    Logs ``tokens_per_second``, ``labelled_tokens_per_second`` (tokens that the loss counts; of preferences it counts
-    rows: ``rows_per_second``) and ``tokens_seen`` (since the run began, resumes included). The clock runs during
-    training steps only: validation and saving are left out.
+    Logs ``tokens_per_second``, ``labelled_tokens_per_second`` (tokens that the loss counts) and ``tokens_seen`` (since
+    the run began, resumes included). A loss of preferences counts rows, so ``rows_per_second`` is logged instead. The
+    clock runs only during training steps, not during validation and saving.
 
     Args:
         enabled: ``False`` logs nothing.

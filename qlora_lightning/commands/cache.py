@@ -8,21 +8,22 @@ from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import make_table, say, terminal
 
 _DESCRIPTION = (
-    "Unpacked and quantized bases, tokenized data, compiled attention and checks of cards, for the next start."
+    "List or clear the cache: unpacked and quantized bases, tokenized data, compiled attention and checks of devices."
 )
 _EPILOG = """examples:
   qlora-lightning cache list
   qlora-lightning cache clear --kind quantized
 
-The cache is in $QLORA_LIGHTNING_CACHE, else in ~/.cache/qlora_lightning. All of it can be made again: clearing costs
-time at the next start. Plain PEFT finds a GGUF base only while its unpacked folder is there."""
+The cache is in $QLORA_LIGHTNING_CACHE, or else in ~/.cache/qlora_lightning. It is safe to clear: what is missing is
+made again at the next start, which then takes longer. But plain PEFT finds a GGUF base only while its unpacked folder
+exists."""
 
 
 def main(argv: list[str]) -> int:
     """List or clear the cache; return the exit code."""
     parser = OptionParser("cache", _DESCRIPTION, _EPILOG)
     parser.add_argument("action", choices=("list", "clear"), help="list entries with sizes and paths, or remove them")
-    parser.add_argument("--kind", choices=get_args(Kind), help="of this kind only")
+    parser.add_argument("--kind", choices=get_args(Kind), help="only entries of this kind")
     options = parser.parse_args(argv)
     entries = list_entries(options.kind)
     if not entries:

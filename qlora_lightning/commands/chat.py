@@ -19,17 +19,17 @@ from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import count_of, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
-_DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
+_DESCRIPTION = """Chat with an adapter on its base. Prompts are rendered by the code that rendered them in training.
 
-Answers stream word by word, and end at the stop token. Greedy unless a temperature is given."""
+Answers stream word by word and end at the stop token. Decoding is greedy unless you set a temperature."""
 _EPILOG = """examples:
   qlora-lightning chat --adapter runs/quickstart/adapter --prompt "Lunch with Zoe on Friday at 12:30 at Blue Room."
   qlora-lightning chat --adapter runs/quickstart/adapter --compare --prompt "Book a call with Ana, Monday 9:00."
   qlora-lightning chat --adapter runs/quickstart/adapter
   qlora-lightning chat --adapter calm=runs/a/adapter --adapter bold=runs/b/adapter --temperature 0.7 --seed 1
 
-Several adapters, and with --compare the base, answer one below the other; the conversation continues with the answer
-of the first adapter. Ctrl-C stops an answer. Lines that come through a pipe are turns of one conversation."""
+With several adapters or --compare, the answers are printed one below the other. The conversation continues with the
+answer of the first adapter. Press Ctrl-C to stop an answer. Lines from a pipe are turns of one conversation."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,14 +37,14 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
     add = parser.add_argument
     add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder; may be repeated")
-    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
-    add("--prompt", metavar="TEXT", help="answer this one message, and end")
-    add("--compare", action="store_true", help="let the base answer beside the adapters")
-    add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
-    add("--seed", type=int, metavar="N", help="of sampling")
+    add("--base", metavar="NAME", help="where to find the base, if it has moved since training")
+    add("--prompt", metavar="TEXT", help="answer this one message and exit")
+    add("--compare", action="store_true", help="also generate with the base alone")
+    add("--system", metavar="TEXT", help="system prompt (default: data.system of the training)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="sampling temperature (default: 0, greedy)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens, up to probability P")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="maximum length of an answer (default: 512)")
+    add("--seed", type=int, metavar="N", help="seed for sampling")
     options = parser.parse_args(argv)
     if options.top_p < 1 and not options.temperature:
         parser.error("--top-p has no effect without --temperature")

@@ -31,27 +31,30 @@ if TYPE_CHECKING:
 
 _ONE_DEVICE = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
 _QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
-_DESCRIPTION = """Evaluate a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
-greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
+_DESCRIPTION = """Compare a base and one or more adapters on the same rows.
 
-The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…". Without
---config it is that of the run folder around the adapter. Its section `evaluation:` and trainer.limit_val_batches apply
-as during `fit`: the same rows are evaluated, and 100 of them (evaluation.rows), evenly spaced, answered."""
+The report has loss, perplexity, token accuracy, and scores of greedy answers, with 95 % intervals and paired
+differences. Answers are generated from the prompts alone.
+
+Pass the same config and options as to `fit`: --data.test rows.jsonl, --data.system "…". Without --config, the config of
+the run folder around the adapter is used. `evaluation:` and trainer.limit_val_batches apply as during `fit`: the same
+rows are evaluated, and answers are generated for 100 of them (evaluation.rows), evenly spaced."""
 _EPILOG = """examples:
   qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
   qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
   qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
   qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --out evaluated
 
-With --server URL an inference server that speaks OpenAI's chat completions answers the same rows: as the adapter (exit
-code 0), as the base, or as neither (exit code 1). A key, if it needs one, is taken from OPENAI_API_KEY.
+With --server URL, an inference server with OpenAI's chat completions API generates for the same rows. The exit code is
+0 if it answers like the adapter, and 1 if it answers like the base or like neither. If it needs a key, set
+OPENAI_API_KEY.
 
-Without --adapter it is the run folder's own. --out writes evaluation.json (all figures) and predictions.jsonl (a line
-per row, the hardest first) into a folder.
+Without --adapter, the adapter of the run folder is evaluated. --out DIR writes evaluation.json (all figures) and
+predictions.jsonl (a line per row, the hardest first).
 
-Scores: exact_match; json_valid and json_f1 (fields) of JSON; numeric_match (GSM8K's `#### 18`, else the last number);
-rouge_l; chrf. Those that fit the expected answers are taken, unless --scores names some. stop_rate is the share of
-answers that end by themselves. A row is an answer's last turn, answered from all turns before it."""
+Scores: exact_match; json_valid and json_f1 (fields) for JSON; numeric_match (GSM8K's `#### 18`, else the last number);
+rouge_l; chrf. By default, those that fit the expected answers are used. stop_rate is the share of answers that end by
+themselves. Of each row, the last answer is generated, from all turns before it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,18 +62,18 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
-    add("--split", choices=("val", "test"), help="rows of data.val or data.test (default: test with --data.test)")
-    add("--rows", type=PositiveInt, metavar="N", help="only N rows, evenly spaced, and answer all of them")
-    add("--out", type=expand_path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
-    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
-    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
+    add("--split", choices=("val", "test"), help="use data.val or data.test (default: val; test with --data.test)")
+    add("--rows", type=PositiveInt, metavar="N", help="use only N rows, evenly spaced, and generate for all of them")
+    add("--out", type=expand_path, metavar="DIR", help="write evaluation.json and predictions.jsonl to this folder")
+    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="maximum length of an answer")
+    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names separated by commas")
     add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
-    forgetting_help = "other rows, whose loss tells what was forgotten"
+    forgetting_help = "rows unrelated to the task, to measure what the adapter forgot"
     add("--forgetting", dest="evaluation.forgetting", metavar="FILE", help=forgetting_help)
-    add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
-    add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
-    add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
-    add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
+    add("--server", metavar="URL", help="also evaluate a server, such as http://localhost:8000/v1")
+    add("--served-name", metavar="NAME", help="name of the model on the server (default: the only one)")
+    add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="wait for the server (default: 600)")
+    add("--parallel", type=PositiveInt, default=8, metavar="N", help="concurrent requests to the server (default: 8)")
     add_json_option(parser)
     options, fit_options = parser.parse_known_args(argv)
     names_test_rows = any(option.partition("=")[0] == "--data.test" for option in fit_options)

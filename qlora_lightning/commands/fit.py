@@ -113,7 +113,7 @@ class QLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key, kind in _CALLBACKS.items():
             parser.add_lightning_class_args(kind, key)
-        checkpoint_help = "checkpoint; `last` is that of the run folder"
+        checkpoint_help = "checkpoint; `last` is the newest in the run folder"
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=checkpoint_help)
         parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
 

@@ -15,24 +15,24 @@ _FIRST_KEYS = (
     *("data.train", "data.val", "data.batch_size", "data.max_length"),
     *("trainer.default_root_dir", "trainer.max_epochs"),
 )
-_KEYS = """Every key of the YAML is an option: model.rank is --model.rank. The command line counts more than --config.
-Each key is shown with its default; null or false switches a callback off. The ten to begin with have a *.
---SECTION.help explains all keys of a section in full: --model.help, --data.help, --evaluation.help, --trainer.help."""
+_KEYS = """Every YAML key is also an option: model.rank is --model.rank. Options override --config.
+Each key is listed with its default. Set a callback to null or false to turn it off. A * marks the ten keys to start
+with. To read about the keys of a section in full, use --model.help, --data.help, --evaluation.help, --trainer.help."""
 _OF_TRAINER = {
-    "default_root_dir": "Run folder, into which everything is written",
-    "enable_model_summary": "Lightning's table of modules, which counts the bytes of packed weights as parameters",
-    "gradient_clip_val": "Norm to which the gradient of a step is cut; `null` or 0 clips nothing",
-    "log_every_n_steps": "Log every so many optimizer steps",
-    "max_epochs": "How many epochs, at most; `null`: 1, or no limit if `max_steps` is set",
-    "max_steps": "How many optimizer steps, at most; -1 is no limit",
+    "default_root_dir": "Run folder for all results",
+    "enable_model_summary": "Print Lightning's table of modules, which counts bytes of packed weights as parameters",
+    "gradient_clip_val": "Maximum gradient norm; `null` or 0 turns clipping off",
+    "log_every_n_steps": "Log every N optimizer steps",
+    "max_epochs": "Maximum epochs; `null` means 1, or no limit if `max_steps` is set",
+    "max_steps": "Maximum optimizer steps; -1 means no limit",
 }
-_ADAPTER = "The adapter is that of the run folder, unless --ckpt_path or --model.adapter name another."
+_ADAPTER = "It uses the adapter of the run folder,\nunless you pass --ckpt_path or --model.adapter."
 _DESCRIPTIONS = {
-    "fit": """Train adapters on the quantized base of a config. All results are written to the run folder,
-trainer.default_root_dir. A folder that holds a run is never started over; with --ckpt_path last it is resumed.""",
+    "fit": """Train adapters on a quantized base. All results are written to the run folder, trainer.default_root_dir.
+A folder that already holds a run is never overwritten: pass --ckpt_path last to resume it.""",
     "validate": f"Report loss, perplexity and token accuracy on the rows of data.val. {_ADAPTER}",
     "test": f"Report loss, perplexity and token accuracy on the rows of data.test. {_ADAPTER}",
-    "predict": f"Answer the rows of data.predict greedily, into predictions.jsonl in the run folder. {_ADAPTER}",
+    "predict": f"Generate greedily for the rows of data.predict, into predictions.jsonl in the run folder. {_ADAPTER}",
 }
 _RUN = "--config runs/quickstart/config.yaml"
 _EXAMPLES = {
@@ -56,7 +56,7 @@ class Key(NamedTuple):
 def describe_keys(section: str, path: str) -> list[Key]:
     """Describe the keys of a section from the signature and the docstring of its class.
 
-    Of Lightning's Trainer only those are listed whose default or meaning is ours, and its limit in steps.
+    For Lightning's Trainer, list only ``max_steps`` and the keys whose default or meaning is ours.
     """
     if section == "trainer":
         defaults = {"max_epochs": None, "max_steps": -1, **TRAINER_DEFAULTS}
@@ -92,13 +92,13 @@ def show_help(verb: str) -> None:
         description=f"{_DESCRIPTIONS[verb]}\n\nexamples:\n{_EXAMPLES[verb]}\n\n{_KEYS}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36),
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="config in YAML; several are merged")
-    parser.add_argument("--ckpt_path", metavar="FILE", help="checkpoint; `last` is that of the run folder")
-    parser.add_argument("--seed_everything", metavar="42", help="seed of rows, adapter and dropout")
-    parser.add_argument("--print_config", action="store_true", help="print the config with all defaults, and exit")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML config; repeat to merge several")
+    parser.add_argument("--ckpt_path", metavar="FILE", help="checkpoint; `last` is the newest in the run folder")
+    parser.add_argument("--seed_everything", metavar="42", help="seed for rows, adapter and dropout")
+    parser.add_argument("--print_config", action="store_true", help="print the config with all defaults and exit")
     for section, path in SECTIONS.items():
         title = (ast.get_docstring(read_class(path)) or "").partition("\n")[0].rstrip(".").replace("``", "`")
-        title = "Lightning's Trainer, of which --trainer.help lists all keys" if section == "trainer" else title
+        title = "Lightning's Trainer; --trainer.help lists all of its keys" if section == "trainer" else title
         group = parser.add_argument_group(section, title)
         for key in describe_keys(section, path):
             mark = "* " if key.name in _FIRST_KEYS else ""

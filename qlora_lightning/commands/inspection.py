@@ -21,15 +21,16 @@ from qlora_lightning.support.files import write_whole
 _VERBS = {"train": "fit", "val": "fit", "test": "test", "predict": "predict"}  # which command reads a split
 _DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
 
-The config is the one that `fit` takes, or the config.yaml of a run folder. Every key of it can be given on the command
-line, as for `fit`: --data.max_length 512, --trainer.devices 4."""
+Pass the same config as to `fit`, or the config.yaml of a run folder. You can override any key on the command line, as
+with `fit`: --data.max_length 512, --trainer.devices 4."""
 _EPILOG = """examples:
   qlora-lightning inspect --config configs/quickstart.yaml
   qlora-lightning inspect --config configs/quickstart.yaml --row 17 --row 23
   qlora-lightning inspect --config configs/quickstart.yaml --split val --longest --html data.html
 
-The last line says whether `fit` would start on these rows (of other splits: `test`, `predict`). If not, it says why,
-and the exit code is 2: at bad rows (unless `on_bad_row: skip`), or if too many rows leave nothing to train on."""
+The last line says whether `fit` would start on these rows (for other splits: `test`, `predict`). If not, it says why,
+and the exit code is 2. This happens if there are bad rows (unless `on_bad_row: skip`), or if too many rows leave
+nothing to train on."""
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
 _MARKS = Text("⟦labelled tokens⟧ · ■ stop token · │ between tokens · ↵ newline")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
@@ -41,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
     """Report on the data of a config; return the exit code."""
     parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
-    add("--split", choices=_VERBS, help="report on this split only (default: all; rows are shown from the first)")
-    row_help = "show the row in line N, or FILE:N, as messages name it; may be repeated"
+    add("--split", choices=_VERBS, help="report only on this split (default: all splits, and rows of the first)")
+    row_help = "show the row at line N, or at FILE:N, as messages name it; may be repeated"
     add("--row", action="append", default=[], metavar="N", help=row_help)
     add("--longest", action="store_true", help="show the longest row")
-    add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")
-    add("--force", action="store_true", help="overwrite a file that is there already")
+    add("--html", metavar="FILE", help="also write the output to a page, with its colors")
+    add("--force", action="store_true", help="overwrite an existing file")
     options, fit_options = parser.parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
     # here, so that --help and mistakes answer at once

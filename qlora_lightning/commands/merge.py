@@ -16,18 +16,18 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EXTRA, MERGE_RECORD, replacing_folder, write_whole
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.
+_DESCRIPTION = """Merge an adapter into its base, for transformers, vLLM and others, and optionally into a GGUF file.
 
-Layer by layer, in fp32, never into 4 bits, onto the dequantized base that the adapter was trained on. The result is
-compared with base and adapter on validation rows, and kept only if they agree; merge.json in it has the figures."""
+The adapter is merged layer by layer, in fp32, into the dequantized base that it was trained on, never into 4 bits. The
+result is compared with base and adapter on validation rows, and kept only if they agree. merge.json has the figures."""
 _EPILOG = """examples:
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/merged
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/gguf --gguf q8_0 --rows 16
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/lora --adapter-gguf f16
 
-The validation rows are those of the run's config.yaml beside the adapter folder; --config FILE, or options of fit such
-as --data.val FILE, name others. q4_k_m, q5_k_m and q6_k are quantized by llama.cpp's own program llama-quantize; where
-it is not on the PATH, f16 is written, and the command that quantizes it is printed."""
+The validation rows come from the run's config.yaml beside the adapter folder. To use others, pass --config FILE, or
+options of fit such as --data.val FILE. q4_k_m, q5_k_m and q6_k need llama.cpp's program llama-quantize. If it is not on
+the PATH, f16 is written, and the command that quantizes it is printed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
     add("--out", required=True, type=expand_path, metavar="DIR", help="the folder to write")
-    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
-    add("--dtype", choices=tuple(_DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
-    gguf_help = "write a GGUF file for llama.cpp, and a Modelfile for Ollama, too"
+    add("--base", metavar="NAME", help="where to find the base, if it has moved since training")
+    add("--dtype", choices=tuple(_DTYPES), default="bf16", help="dtype of the merged weights (default: bf16)")
+    gguf_help = "also write a GGUF file for llama.cpp, and a Modelfile for Ollama"
     add("--gguf", choices=("q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16"), help=gguf_help)
-    alone_help = "write the adapter alone, as a GGUF file for llama.cpp's --lora, and merge nothing"
+    alone_help = "do not merge: write only the adapter, as a GGUF file for llama.cpp's --lora"
     add("--adapter-gguf", choices=("f16", "f32"), help=alone_help)
-    rows_help = "validation rows to check on (default: 8; 0: no check)"
+    rows_help = "number of validation rows to check the merge on (default: 8; 0 skips the check)"
     add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
     add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
     options, fit_options = parser.parse_known_args(argv)

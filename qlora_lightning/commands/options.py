@@ -41,8 +41,8 @@ class OptionParser(argparse.ArgumentParser):
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json FILE`` and ``--force``."""
-    parser.add_argument("--json", metavar="FILE", help="write all figures there too; - is standard output")
-    parser.add_argument("--force", action="store_true", help="overwrite a file that is there already")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures as JSON; - is standard output")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
 
 
 def expand_path(text: str) -> Path:

@@ -25,19 +25,20 @@ from qlora_lightning.support.errors import UserError
 if TYPE_CHECKING:
     from qlora_lightning.data.batches import EpochPlan
 
-_DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
+_DESCRIPTION = """Show the model of a config, and estimate its memory, steps and tokens before anything is loaded.
 
-The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
-is read or fetched (a GGUF is unpacked once) without --check; the data are read if they are on this machine."""
+Pass the same config and options as to `fit`: --model.rank 16, --data.batch_size 4. Without --check, no weights are
+read or downloaded, but a GGUF is unpacked once. The data are read if they are on this machine."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
   qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json
   qlora-lightning plan --config configs/quickstart.yaml --check
 
-It says whether a step fits, with how many tokens at a time, and with or without gradient checkpointing; the exit code
-is 1 if it does not. GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there
-is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned. --check loads the base; the
-exit code is 1 if something disagrees, too."""
+The report says whether a step fits, with how many tokens per micro-batch, and with or without gradient checkpointing.
+The exit code is 1 if no step fits, or if --check finds a difference. GB are 10^9 bytes, GiB 2^30.
+
+The device is the one in trainer.accelerator. `auto` means a GPU if there is one, or if you pass --device-memory. On a
+CPU, only the memory that does not depend on the rows is planned."""
 _CPU_PARTS = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # `fit` measures all else
 _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
@@ -45,9 +46,9 @@ _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 def main(argv: Sequence[str]) -> int:
     """Plan a config; return the exit code."""
     parser = OptionParser("plan", _DESCRIPTION, _EPILOG, fit=True)
-    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
+    memory_help = "memory of the device, such as 16GiB or 24GB (default: that of this machine's GPU, or its RAM)"
     parser.add_argument("--device-memory", type=_read_size, metavar="SIZE", help=memory_help)
-    check_help = "load the base, and compare what this device computes fused with PEFT, transformers and torch"
+    check_help = "load the base, and compare our fused layers on this device with PEFT, transformers and torch"
     parser.add_argument("--check", action="store_true", help=check_help)
     add_json_option(parser)
     options, fit_options = parser.parse_known_args(argv)

@@ -1,4 +1,4 @@
-"""``qlora-lightning recipes``: the configs that travel with the package."""
+"""``qlora-lightning recipes``: the configs that ship with the package."""
 
 import shlex
 from pathlib import Path
@@ -13,14 +13,14 @@ _EPILOG = """examples:
   qlora-lightning recipes
   qlora-lightning recipes copy quickstart
 
-`copy` writes configs/NAME.yaml, and the data or scripts that come with it, into the current folder."""
+`copy` writes configs/NAME.yaml to the current folder, with any data or scripts that belong to it."""
 
 
 def main(argv: list[str]) -> int:
     """List the recipes, or copy one into the current folder; return the exit code."""
-    parser = OptionParser("recipes", "The configs that travel with the package.", _EPILOG)
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "copy"), help="list is the default")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="what to copy, as `qlora-lightning recipes` lists it")
+    parser = OptionParser("recipes", "List the configs that ship with the package, or copy one.", _EPILOG)
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "copy"), help="default: list")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to copy, as `qlora-lightning recipes` lists it")
     parser.add_argument("--force", action="store_true", help="overwrite files that differ")
     options = parser.parse_args(argv)
     recipes = find_recipes()

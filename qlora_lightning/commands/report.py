@@ -11,23 +11,24 @@ from qlora_lightning.support.console import make_table, say
 from qlora_lightning.support.errors import UserError, bounded
 from qlora_lightning.support.files import PAGE, write_whole
 
-_DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
+_DESCRIPTION = """Rebuild the report of a run from its folder, or compare several runs.
 
-The page is one file that needs no network: curves, base against adapter, samples, data, versions, and the command to
-reproduce. With several runs it holds the curves of all in one picture, and the settings and results that differ."""
+The page is one file that needs no network. It has curves, base against adapter, samples, data, versions, and the
+command to reproduce the run. For several runs, it has all curves in one chart, and the settings and results that
+differ."""
 _EXAMPLES = """examples:
   qlora-lightning report runs/quickstart
   qlora-lightning report runs/a runs/b --out a-and-b.html --json a-and-b.json
 
-RUN is what trainer.default_root_dir of a fit was; one that is still training works too. Without --out the page of one
-run is its report.html, that of several is comparison.html here, and an earlier one is overwritten."""
+RUN is the trainer.default_root_dir of a fit, which may still be training. Without --out, the page of one run is its
+report.html, and that of several runs is comparison.html in the current folder. An earlier page is overwritten."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the page of one run or several; return the exit code."""
     parser = OptionParser("report", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page to this file")
     add_json_option(parser)
     options = parser.parse_args(argv)
     paths = ", ".join(map(str, options.runs))

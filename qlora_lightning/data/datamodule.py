@@ -38,47 +38,51 @@ DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class InstructionDataModule(LightningDataModule):
-    """Instruction data as packed batches without padding, in an order that is a pure function of seed and epoch.
+    """Instruction data in packed batches without padding; the order depends only on the seed and the epoch.
 
-    The seed is that of ``seed_everything`` (the environment variable ``PL_GLOBAL_SEED``), else ``torch.initial_seed()``
-    at the first ``setup``; a resumed run keeps the checkpoint's.
+    The seed comes from ``seed_everything`` (the environment variable ``PL_GLOBAL_SEED``), or else from
+    ``torch.initial_seed()`` at the first ``setup``. A resumed run keeps the seed of its checkpoint.
 
     Args:
-        train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``), a folder,
-            a glob, a URL, a hub id, a mapping ``{path, weight, rows, format, …}``, or a list of these. With weights an
-            epoch has as many rows as all sources together, each source its share; without, every row once.
-        val: what to validate on; without, the validation files of a folder that ``train`` names whole, as ``test``.
-        test: what ``test`` reports on.
-        predict: rows that ``predict`` answers; they may lack answers.
-        format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
-            ``question_answer``, ``text``, ``tokens``, or a function ``row -> conversation``, in YAML its dotted path.
-        columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
-        roles: other names of who speaks, ``{their name: our name}``.
-        system: system prompt for rows without one; an empty one replaces the default of a chat template.
+        train: training rows: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``), a folder,
+            a glob, a URL, a hub id, a mapping ``{path, weight, rows, format, …}``, or a list of these. With weights, an
+            epoch has as many rows as all sources together, and each source gets its share. Without, it has every row
+            once.
+        val: validation rows; by default those in the local folders of ``train``.
+        test: test rows; by default those in the local folders of ``train``.
+        predict: rows that ``predict`` generates answers for; they need no answers of their own.
+        format: ``auto`` (detected from the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``,
+            ``prompt_completion``, ``question_answer``, ``text``, ``tokens``, or a function ``row -> conversation``, in
+            YAML its dotted path.
+        columns: columns to rename, ``{their name: our name}``; ``null`` leaves a column out.
+        roles: speaker names to rename, ``{their name: our name}``.
+        system: system prompt for rows that have none; an empty one overrides the default of the chat template.
         encoding: encoding of text files without a byte order mark, such as ``cp1252``.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
-        template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
-            they are saved inside the adapter's template. One that asks for today's date gets 26 July 2024.
-        reasoning: what becomes of reasoning in earlier turns: ``template`` (as at inference) or ``drop``.
-        train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
-        max_length: tokens of the longest sample.
-        too_long: what becomes of longer samples: ``truncate`` (the oldest turns go first, then the middle of the
-            longest stretch that is not trained, then the end of an answer), ``drop``, or ``split`` into several.
-        on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        drop_answers: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
-        batch_size: rows of a batch on each device; 8 by default.
-        tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
-        shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
-        deduplicate: leave out rows whose tokens and labels equal those of an earlier row of the same split.
-        val_fraction: share of the training rows to validate on instead of ``val``; equal prompts stay together.
+        template_options: values of the template's variables, such as ``{date_string: 27 Nov 2026, enable_thinking:
+            false}``; they are saved in the adapter's template. A template that asks for today's date gets 26 July 2024.
+        reasoning: how to render reasoning in earlier turns: ``template`` (as at inference) or ``drop``.
+        train_on: tokens to train on: ``assistant`` (every answer and its stop token), ``last`` (only the last answer)
+            or ``all``.
+        max_length: maximum number of tokens in a sample.
+        too_long: how to treat longer samples: ``truncate`` (the oldest turns first, then the middle of the longest
+            stretch that is not trained, then the end of an answer), ``drop``, or ``split`` into several.
+        on_bad_row: ``error`` lists the bad rows and stops; ``skip`` leaves them out and counts them.
+        drop_answers: drop rows with one of these answers, such as ``[N/A, NULL]``, in upper or lower case.
+        batch_size: rows per batch on each device (default: 8).
+        tokens_per_batch: token budget of a batch, which rows are packed into, instead of ``batch_size``.
+        shuffle: use a new order in each epoch; ``False`` keeps the order of the files, as for a curriculum.
+        deduplicate: leave out rows whose tokens and labels equal those of an earlier row in the same split.
+        val_fraction: share of the training rows to hold out instead of ``val``; equal prompts stay together.
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
-            tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
-        accept_changed_data: resume although training or validation samples are not those of the checkpoint. With
-            other validation samples the ranking of the best adapter starts over. It is not written to config.yaml.
-        max_new_tokens: length at which ``predict`` cuts an answer.
+            tokenizer object. By default, it is the base's, from the Trainer's module. Without a Trainer, set it here.
+        accept_changed_data: resume even if the training or validation samples are not those of the checkpoint. If the
+            validation samples differ, the ranking of the best adapter starts over. This key is not written to
+            config.yaml.
+        max_new_tokens: maximum answer length in ``predict``.
     """
 
-    pairs = False  # whether a row is two answers to compare, see PreferenceDataModule
+    pairs = False  # whether a row has two answers to compare, see PreferenceDataModule
 
     def __init__(
         self,

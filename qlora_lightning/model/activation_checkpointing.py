@@ -22,16 +22,16 @@ class Checkpointing(NamedTuple):
 
 
 class GradientCheckpointing(Callback):
-    """Let layers keep only their input while a fit trains, and recompute their other activations in backward.
+    """Keep only the input of each decoder layer in training, and recompute its other activations in backward.
 
-    The layers are switched when training starts, again if memory runs out in a single row, and back when it ends. The
+    It is turned on when training starts, or later if memory runs out in a single row, and off when training ends. The
     module adds this callback, with ``auto``, to a Trainer that has none.
 
     Args:
-        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
-            with ``offload`` on a GPU.
-        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
-            is the same to the last bit. On a CPU it changes nothing.
+        enabled: ``auto`` turns it on if a single row would not fit without it or runs out of memory, and adds
+            ``offload`` if that is not enough on a GPU.
+        offload: Keep the inputs of the layers in pinned host memory instead of on the GPU, for long rows. The result is
+            the same to the last bit. On a CPU it changes nothing.
     """
 
     def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:

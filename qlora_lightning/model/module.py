@@ -42,63 +42,66 @@ from qlora_lightning.support.values import check_setting
 class QLoRAModule(lightning.LightningModule):
     """A frozen, quantized decoder with LoRA adapters.
 
-    Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
+    In a subclass, override :meth:`build_model`, :meth:`compute_loss` or :meth:`parameter_groups`.
 
-    Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``configure_model``,
-    ``on_load_checkpoint`` of a resume, ``configure_optimizers``; for each batch ``transfer_batch_to_device``,
-    ``training_step``, ``backward``; around those of a step's last batch ``optimizer_step``; in a validation
-    ``validation_step``. What happens at the starts and ends of a run, an epoch or a validation is in the callbacks of
-    ``configure_callbacks``: an override without ``super()`` breaks nothing.
+    A fit runs Lightning's hooks in this order. At its start: ``configure_callbacks``, ``configure_model``,
+    ``on_load_checkpoint`` (only on a resume) and ``configure_optimizers``. For each batch:
+    ``transfer_batch_to_device``, ``training_step`` and ``backward``. For the last batch of an optimizer step,
+    ``optimizer_step`` wraps the last two. In validation: ``validation_step``. What happens at the start and end of a
+    run, an epoch or a validation is in the callbacks of ``configure_callbacks``. So an override without ``super()``
+    breaks nothing.
 
-    From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the loop of
-    ``step/accumulate.py``. It cuts the batch into parts (``step/packed.py``) and makes each a micro-batch
-    (``step/layout.py``), of which :meth:`_backpropagate` computes the sum of the loss (``step/forward.py``,
-    ``step/loss.py``) and its gradient.
+    ``training_step`` passes a packed batch, which stays on the host, to the loop in ``step/accumulate.py``. The loop
+    cuts the batch (``step/packed.py``) into micro-batches (``step/layout.py``). For each, :meth:`_backpropagate`
+    computes the sum of the loss (``step/forward.py``, ``step/loss.py``) and its gradient.
 
-    Logs ``train_loss`` (nats per labelled token of the optimizer step), ``train_perplexity``, ``train_token_accuracy``
-    and ``grad_norm`` (before clipping) per optimizer step, in fp16 also ``loss_scale``; ``val_loss``,
-    ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise. Another ``compute_loss`` has its
-    own ``metrics`` in place of perplexity and accuracy.
+    Logs per optimizer step: ``train_loss`` (nats per labelled token), ``train_perplexity``, ``train_token_accuracy``,
+    ``grad_norm`` (before clipping) and, in fp16, ``loss_scale``. Logs per validation: ``val_loss``, ``val_perplexity``
+    and ``val_token_accuracy``; ``test_…`` likewise. If you override ``compute_loss``, its own ``metrics`` replace
+    perplexity and accuracy.
 
     Args:
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Let Python code that comes with the base run.
-        quantization: How the base's linears are stored: ``nf4``, ``fp4``, ``int8`` or ``none``.
-        double_quant: Quantize the 4-bit scales too: 0.4 bits less per weight.
-        compute_dtype: Dtype of the products; ``auto`` is bf16 where the hardware has it, else fp16 on CUDA (fp32 of
-            families that overflow, as Gemma and Qwen) and fp32 on a CPU.
-        cache: Keep the quantized base for the next start.
-        rank: Rank of the update: rows of A, columns of B. Start at 8; double it while that pays.
-        alpha: Multiplier of the update; ``None`` means 2 × rank. PEFT computes ``alpha / rank · B A x``, with rsLoRA
-            ``alpha / sqrt(rank) · B A x``: at a fixed alpha a larger rank acts weaker.
-        dropout: Probability with which inputs of A are dropped in training.
-        target_modules: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular expression.
-        layers: ``all``, ``last:N`` or a list of layer indices.
-        target_experts: Adapt the experts of a mixture too, in these layers, as PEFT's ``target_parameters``. Plain PEFT
-            opens such an adapter; not every server does.
-        lora_options: More for ``peft.LoraConfig``, of what is verified on a quantized base: ``use_rslora``,
-            ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
+        trust_remote_code: Run Python code that comes with the base.
+        quantization: Format of the base's linear layers: ``nf4``, ``fp4``, ``int8`` or ``none``.
+        double_quant: Also quantize the 4-bit scales, which saves 0.4 bits per weight.
+        compute_dtype: Dtype of the computation; ``auto`` is bf16 if the hardware supports it, else fp16 on CUDA (fp32
+            for families that overflow, such as Gemma and Qwen) and fp32 on a CPU.
+        cache: Cache the quantized base for the next start.
+        rank: Rank of the update: rows of A, columns of B. Start at 8, and double it as long as the loss improves.
+        alpha: Scale of the update; ``None`` means 2 × rank. PEFT computes ``alpha / rank · B A x``, or
+            ``alpha / sqrt(rank) · B A x`` with rsLoRA. So at a fixed alpha, a larger rank has a weaker effect.
+        dropout: Dropout probability of A's inputs.
+        target_modules: Modules to adapt: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular
+            expression.
+        layers: Decoder layers to adapt: ``all``, ``last:N`` or a list of indices.
+        target_experts: In a mixture-of-experts base, also adapt the experts of these layers, as PEFT's
+            ``target_parameters``. Plain PEFT opens such an adapter, but not every inference server does.
+        lora_options: More arguments of ``peft.LoraConfig``, from those verified on a quantized base: ``use_rslora``,
+            ``use_dora``, ``init_lora_weights`` (random ones), ``rank_pattern``, ``alpha_pattern``,
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply, and
-            others are rejected.
+            other values are rejected.
         learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, such as 2e-4 for 8B, and a tenth
-            of it for preferences.
-        optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
+            of that for preferences.
+        optimizer: Class path, or ``class_path`` and ``init_args`` without ``lr``; ``None`` means torch's fused AdamW.
         weight_decay: Weight decay of all adapters.
-        schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
-        warmup: Share of the optimizer steps over which the learning rate rises, or their number, such as 100.
-        loraplus_ratio: Factor of B's learning rate over A's (LoRA+, Hayou et al. 2024), such as 16; ``None``: 1.
-        neftune_alpha: Strength of noise on embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: none.
-        fast: ``False`` uses the plain layers, attention and loss of PEFT, transformers and torch instead of ours, and
-            computes all tokens.
-        micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a single row may
-            have more. It changes memory and speed; of the result, only rounding and what dropout draws. ``auto`` starts
-            with what the formula says fits into free memory, on a CPU 8,192. It falls by a fifth when memory runs out.
+        schedule: Learning-rate schedule of ``transformers.get_scheduler``: a name, or ``{name: …, its arguments}``.
+        warmup: Warmup of the learning rate: a share of the optimizer steps, or a number of steps, such as 100.
+        loraplus_ratio: Ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024), such as 16; ``None`` means 1.
+        neftune_alpha: Strength of the noise on embeddings in training (NEFTune, Jain et al. 2023), such as 5; ``None``
+            adds no noise.
+        fast: Use our fused layers, attention and loss; ``False`` uses the plain ones of PEFT, transformers and torch,
+            and computes all tokens.
+        micro_batch_tokens: Maximum number of tokens in a micro-batch, which holds whole rows; a single row may have
+            more. It changes memory and speed. The result changes only by rounding and by what dropout draws. ``auto``
+            starts with what the memory formula says fits into free memory, or with 8,192 on a CPU. When memory runs
+            out, the number falls by a fifth.
 
     Attributes:
-        model: The base with its adapter, ``None`` before ``configure_model``. Its ``disable_adapter()`` and
-            ``set_adapter(name)`` choose whose losses and answers are computed.
+        model: The base with its adapter; ``None`` before ``configure_model``. Use its ``disable_adapter()`` and
+            ``set_adapter(name)`` to choose which adapter computes losses and generates.
         identity: What the adapter belongs to: the base's name, fingerprint and quantization, its own shape.
         window: The accumulation window in progress.
         loss_scale: The factor of the loss in backward.

@@ -46,29 +46,32 @@ class _ByObjective:
 
 
 class PreferenceModule(_ByObjective, QLoRAModule):
-    """A :class:`QLoRAModule` that learns to prefer one answer to another; takes a :class:`PreferenceDataModule`.
+    """A :class:`QLoRAModule` that learns to prefer one answer to another; requires a :class:`PreferenceDataModule`.
 
-    Rows are pairs of answers, of ``kto`` single ones with a verdict, desirable or not.
+    Rows are pairs of answers. For ``kto``, they are single answers with a verdict: desirable or not.
 
-    The reference of ``dpo``, ``ipo`` and ``kto`` is the model before training: the same base with its adapter
-    switched off, or with the adapter that ``adapter`` names.
+    The reference of ``dpo``, ``ipo`` and ``kto`` is the model before training. That is the same base with its adapter
+    disabled, or with the adapter folder in ``adapter``.
 
-    Logs, beside ``train_loss`` (per row, of ``kto`` without its weights) and ``grad_norm``, for each split
-    ``…_reward_accuracy`` (share of pairs whose chosen answer has the larger reward), ``…_preference_accuracy`` (share
-    of pairs whose chosen answer is the likelier one per token, as ``evaluate`` reports), ``…_margin`` (mean difference
-    of the rewards), ``…_chosen_reward`` and ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an
-    answer, against the reference's if there is one, else per token. With ``kto`` a margin is how far the reward of a
-    desirable answer is above ``beta · kl``, or that of another below; ``…_reward_accuracy`` is the share of positive
-    margins; ``…_kl`` is the estimate of the divergence.
+    Logs ``train_loss`` (per row; for ``kto`` without its weights) and ``grad_norm``, and for each split:
+
+    - ``…_reward_accuracy``: share of pairs whose chosen answer has the larger reward.
+    - ``…_preference_accuracy``: share of pairs whose chosen answer is the likelier one per token, as in ``evaluate``.
+    - ``…_margin``: mean difference of the rewards.
+    - ``…_chosen_reward`` and ``…_rejected_reward``: mean rewards. A reward is ``beta`` times the log-probability of an
+      answer: relative to the reference if there is one, else per token.
+
+    With ``kto``, a margin is how far the reward of a desirable answer is above ``beta · kl``, or that of an undesirable
+    one below it. ``…_reward_accuracy`` is then the share of positive margins, and ``…_kl`` the estimated divergence.
 
     Args:
         base: As in :class:`QLoRAModule`.
         objective: ``dpo`` (Rafailov et al. 2023), ``ipo`` (Azar et al. 2023), ``simpo`` (Meng et al. 2024), ``orpo``
             (Hong et al. 2024) or ``kto`` (Ethayarajh et al. 2024); ``simpo`` and ``orpo`` need no reference.
-        beta: How far the model may go from the reference: the smaller, the farther; for ``simpo`` the scale of rewards,
-            for ``orpo`` the weight of the odds ratio. ``None``: 0.1, for ``simpo`` 2.
-        gamma: Target margin between the rewards of ``simpo``; ``None``: 1.
-        sft_share: Factor of the chosen answer's loss per token, which is added; not for ``kto``.
+        beta: Pull toward the reference: a smaller value lets the model move farther (``simpo``: scale of the rewards;
+            ``orpo``: weight of the odds ratio); ``None`` means 0.1, or 2 for ``simpo``.
+        gamma: Target margin between the rewards of ``simpo``; ``None`` means 1.
+        sft_share: Weight of the chosen answer's loss per token, which is added to the loss; not for ``kto``.
         kwargs: More arguments of :class:`QLoRAModule`.
     """
 

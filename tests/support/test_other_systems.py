@@ -32,7 +32,9 @@ import qlora_lightning
 package = Path(qlora_lightning.__file__).parent
 for file in sorted(package.rglob("*.py")):
     parts = file.relative_to(package.parent).with_suffix("").parts
-    if parts[-1] == "kernels" and importlib.util.find_spec("triton") is None:  # comes with a torch for CUDA alone
+    # Triton comes only with a torch for CUDA, Optuna with the extra `sweep`.
+    needs = {"kernels": "triton", "sweep_study": "optuna"}.get(parts[-1])
+    if needs is not None and importlib.util.find_spec(needs) is None:
         continue
     if parts[-1] != "__main__" and parts[1] != "recipes":  # a wheel's recipes hold scripts to copy, not modules
         importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from tests import families
 from tests.steps import make_module
 
@@ -42,6 +43,8 @@ CASES = {  # of the table in names.py: the base, its settings, and entries of th
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_that_is_opened_and_saved_again_is_the_same_folder(case, tmp_path, cache):
     model_type, options, expected = CASES[case]
+    if "target_experts" in options and not ADAPTS_EXPERTS:
+        pytest.skip("PEFT before 0.20 opens no adapters of mixtures")
     save = families.save_wrapper if model_type == "gemma3" else families.save_random
     base = save(tmp_path / "base", model_type)
     folders = [tmp_path / name for name in ("there", "there again")]

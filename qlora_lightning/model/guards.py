@@ -225,6 +225,7 @@ def check_sums(module: Module, batch: Any) -> None:
         return
     generators = capture_generators()
     try:
+        batch = module.prepare_batch(batch)
         row, twice = first_labelled_row(batch), first_labelled_row(batch, 2)
         if row is None or twice["input_ids"].numel() > module.token_budget.tokens:
             return
@@ -302,6 +303,10 @@ class TrainingGuard(Callback):
         self._last_loss: float | None = None  # of the step before, if this process took it
         self._sanity_loss: float | None = None  # of the validation before the first step, until that
         self._empty_steps: int | None = 0  # without a counted token, since the fit began; None: one has had some
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and trainer.global_step == 0:
+            check_sums(cast(Any, pl_module), batch)
 
     def check_step(
         self,

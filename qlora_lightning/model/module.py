@@ -399,8 +399,6 @@ class QLoRAModule(lightning.LightningModule):
             guards.check_training_mode(self.model)
             self.choose_layers()  # a callback may have hooked or changed parts
         batch = self.prepare_batch(batch)
-        if batch_idx == 0 and self.trainer.global_step == 0:
-            guards.check_sums(self, batch)
         return self.window.accumulate(batch, self.cutter, self._backpropagate, self.zero_grad)
 
     def _backpropagate(self, micro_batch: Any) -> losses.LossSums:

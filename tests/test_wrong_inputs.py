@@ -318,6 +318,10 @@ WRONG = [
     wrong(f"{SWEEP} --search trainer.default_root_dir=a,b", "trainer.default_root_dir: each trial has a folder of its"),
     wrong(f"{SWEEP} --search trainer.devices=1,2", "--search trainer.devices: each trial has one"),
     wrong(f"{SWEEP} --search model.rank=2,4 --model.alpha 4", "The sweep sets model.alpha itself"),
+    wrong(
+        f"{SWEEP} --search model.dropout=0..1",
+        "--search model.dropout=0..1 would draw whole numbers only, but model.dropout takes any: write 0.0..1.0.",
+    ),
     wrong(f"{SWEEP} --search model.rank=2,4 --search model.rank=8..9", "--search has a key twice: model.rank"),
     wrong(f"{SWEEP} --search model.rank=2..4 --trials 4", "--search has 3 combinations: pass --trials 3"),
     wrong(f"{SWEEP} --search model.rank=1..6 --trials 5 --prune", "--prune begins after 5 trials, and there are 5"),

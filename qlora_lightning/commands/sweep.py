@@ -195,6 +195,16 @@ def _check_config(cli: QLoRACLI, space: Space) -> None:
     ):
         if writes_nothing:
             raise UserError(f"A sweep compares what its trials write: leave {key} out.", key)
+    for key, values in space.items():
+        section, _, name = key.partition(".")
+        is_whole = isinstance(values, Range) and isinstance(values.low, int)
+        if is_whole and isinstance(config[section].get(name), float):
+            low, high = values
+            raise UserError(
+                f"--search {key}={low}..{high} would draw whole numbers only, but {key} takes any: "
+                f"write {low}.0..{high}.0.",
+                key,
+            )
     if count_devices(cli.config["trainer"]) > 1:
         raise UserError("A sweep needs --trainer.devices 1.", "trainer.devices")
 

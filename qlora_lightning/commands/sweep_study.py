@@ -209,7 +209,8 @@ def train_trial(
         UserError: The training failed, which has printed why, or it has no validation.
     """
     code, is_pruned = _run_process(command, folder / METRICS, prune)
-    if not is_pruned and code not in (0, _DIVERGED):
+    expected = (0, _DIVERGED, 128 + signal.SIGTERM, -signal.SIGTERM) if is_pruned else (0, _DIVERGED)
+    if code not in expected:
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise UserError(
             f"The sweep ends at {planned.name}, whose training ended with {reason}: see above. The same command "

@@ -7,15 +7,17 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import sweep_study
-from qlora_lightning.commands.sweep_trials import Trial, choose, measure_noise
+from qlora_lightning.commands.sweep_trials import Planned, Trial, choose, measure_noise
 from tests.commands.conftest import run_command
 from tests.equality import metrics, read_adapter, same
+from tests.errors import rejects
 from tests.rows import counting_rows, write_rows
 
 
@@ -312,6 +314,15 @@ def test_a_trial_above_the_median_of_five_is_ended_early_and_not_chosen(folder, 
     assert found["chosen"] == "trial-0"
     assert out.count(", pruned") == 1
     assert out.count(" (pruned)") == 1
+
+
+def test_a_trial_that_fails_when_it_was_to_be_pruned_ends_the_sweep(tmp_path):
+    def prune(losses):
+        time.sleep(5)  # meanwhile, the process ends by itself
+        return True
+
+    with rejects("sweep.trial", "ends at trial-5, whose training ended with exit code 2"):
+        sweep_study.train_trial(tmp_path, ["no-command"], Planned("trial-5", {}), {}, prune)
 
 
 @pytest.mark.slow

@@ -90,9 +90,13 @@ def replacing_folder(target: Path, record: str) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
+            for file in unfinished.rglob("*"):
+                if file.is_file():
+                    flush(file)  # otherwise a crash of the machine could leave the name with empty files
             if (folder / record).is_file():
                 shutil.rmtree(folder)
             os.replace(unfinished, folder)  # fails if another process has filled a folder of that name
+            flush(folder.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import merge as merge_command
+from qlora_lightning.commands import merged_model
 from qlora_lightning.commands.merge_check import compare_logits
 from qlora_lightning.model.merge import Merge
 from qlora_lightning.sources.folders import open_base
@@ -346,7 +347,8 @@ def test_other_families_and_tokenizers_are_refused_before_the_work(folder, small
     content = json.loads((folder / ADAPTER / "tokenizer.json").read_text())
     content["model"]["byte_fallback"] = True  # as Llama 2's
     (folder / ADAPTER / "tokenizer.json").write_text(json.dumps(content))
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: pytest.fail("weights were written"))
+    # what writes merged weights
+    monkeypatch.setattr(merged_model, "save_file", lambda *_: pytest.fail("weights were written"))
     for adapter, words in (("run/adapter", "llama, qwen2, qwen3, not of phi3"), (ADAPTER, "tokenizers of bytes")):
         merge("--gguf", "f16", adapter=adapter, code=2)
         assert words in capsys.readouterr().err

@@ -1,7 +1,12 @@
 """The report in a real browser: no error, no request; the curves are drawn, in light and dark, wide and on a phone."""
 
 import json
+import re
+import shlex
 import shutil
+import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -12,6 +17,7 @@ from tests.report.conftest import write_run
 
 no_browser = pytest.mark.skipif(shutil.which("chromedriver") is None, reason="takes chromium and chromedriver")
 pytestmark = [pytest.mark.slow, no_browser]
+_ROOT = Path(__file__).parents[2]
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
@@ -91,3 +97,19 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_with_readable_text(brow
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
     ticks = browser.find_elements(By.CSS_SELECTOR, "svg text")
     assert min(tick.rect["height"] for tick in ticks) >= 12
+
+
+def _png_size(file):
+    """Width and height in pixels, from the header."""
+    return struct.unpack(">II", file.read_bytes()[16:24])
+
+
+def test_the_readme_names_the_command_that_drew_its_picture(pages, tmp_path):
+    readme = (_ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^chromium .*", readme, flags=re.MULTILINE)[0]
+    arguments = shlex.split(command.replace("runs/quickstart/report.html", pages["one"].as_uri()))
+    arguments[1:1] = ["--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"]  # root may use it only so
+    subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+
+    picture = _ROOT / re.search(r'<img src="([^"]+)"', readme)[1]
+    assert _png_size(tmp_path / "report.png") == _png_size(picture)

@@ -93,7 +93,7 @@ def test_no_format_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("row", "source"), [*table_of("pair"), *table_of("labelled answer")], ids=lambda cell: cell[:20].strip("`")
+    ("row", "source"), [*table_of("pair"), *table_of("labeled answer")], ids=lambda cell: cell[:20].strip("`")
 )
 def test_every_pair_of_answers_and_every_judged_answer_is_read_alike(row, source, tmp_path, families):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))

@@ -117,7 +117,6 @@ def test_numbers_at_their_bounds_are_taken():
         (CLASSES["model"], "model.quantization", None),
         (CLASSES["model"], "model.compute_dtype", "bf61"),
         (PREFERENCE.func, "model.objective", "dop"),
-        (InstructionDataModule, "data.reasoning", "keep"),
         (InstructionDataModule, "data.train_on", ["last"]),
         (InstructionDataModule, "data.too_long", "cut"),
         (InstructionDataModule, "data.on_bad_row", "ignore"),

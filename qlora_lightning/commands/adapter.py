@@ -18,7 +18,7 @@ from qlora_lightning.support.errors import UserError, bounded
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 _RENDERING = (  # of the training; other rows share them
-    *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
+    *("system", "train_on", "max_length", "too_long", "on_bad_row", "deduplicate"),
     *("batch_size", "tokens_per_batch"),
 )
 _FUNCTIONS = ("format", "scores")

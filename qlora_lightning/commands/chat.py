@@ -70,10 +70,7 @@ class Session:
         for name in [*sources][1:]:
             self.module.add_adapter(self.peft_names[name], sources[name].folder)
         self.renderers = {
-            name: ChatRenderer(
-                choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None),
-                reasoning=source.data_settings.get("reasoning", "template"),
-            )
+            name: ChatRenderer(choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None))
             for name, source in sources.items()
         }
         if options.compare:

@@ -29,7 +29,7 @@ from qlora_lightning.support.settings import check_arguments
 from qlora_lightning.support.values import check_setting, fits
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-_SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
+_SAMPLE_SETTINGS = ("train_on", "max_length", "too_long", "deduplicate")
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
@@ -61,7 +61,6 @@ class InstructionDataModule(LightningDataModule):
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, such as ``{date_string: 27 Nov 2026, enable_thinking:
             false}``; they are saved in the adapter's template. A template that asks for today's date gets 26 July 2024.
-        reasoning: how to render reasoning in earlier turns: ``template`` (as at inference) or ``drop``.
         train_on: tokens to train on: ``assistant`` (every answer and its stop token), ``last`` (only the last answer)
             or ``all``.
         max_length: maximum number of tokens in a sample.
@@ -97,7 +96,6 @@ class InstructionDataModule(LightningDataModule):
         encoding: str = "utf-8",
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
-        reasoning: Literal["template", "drop"] = "template",
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
@@ -126,7 +124,7 @@ class InstructionDataModule(LightningDataModule):
         self.encoding, self.on_bad_row = encoding, on_bad_row
         self.drop_answers = ["null" if answer is None else answer.lower() for answer in drop_answers or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
-        self.reasoning, self.train_on = reasoning, train_on
+        self.train_on = train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
         self.batch_size, self.tokens_per_batch, self.shuffle = batch_size, tokens_per_batch, shuffle
         self.val_fraction, self.accept_changed_data = val_fraction, accept_changed_data
@@ -174,7 +172,7 @@ class InstructionDataModule(LightningDataModule):
     def renderer(self) -> ChatRenderer:
         """Renderer of conversations and prompts, with the tokenizer and the settings of this data module."""
         if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on, reasoning=self.reasoning)
+            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on)
         return self._renderer
 
     @property
@@ -373,7 +371,7 @@ class InstructionDataModule(LightningDataModule):
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
         """Return the first rows of another file as batches, with this tokenizer and template, the same on each rank."""
-        names = ("encoding", "reasoning", "max_length", "on_bad_row")
+        names = ("encoding", "max_length", "on_bad_row")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
         other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self.tokenizer, **options)

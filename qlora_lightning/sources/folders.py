@@ -351,7 +351,7 @@ _IDENTITY: dict[str, Any] = {
     **dict.fromkeys(("base", "revision", "fingerprint", "reference", "stored_as"), _TEXT),
     "data": {
         "samples": dict | None,
-        "settings": {"max_length": int | None, **dict.fromkeys(("system", "train_on", "reasoning", "too_long"), _TEXT)},
+        "settings": {"max_length": int | None, **dict.fromkeys(("system", "train_on", "too_long"), _TEXT)},
     },
 }
 

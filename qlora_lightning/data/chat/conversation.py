@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat import templates
-from qlora_lightning.data.rows.content import Conversation, Message, RowFault, Tools, answer_indices
+from qlora_lightning.data.rows.content import Conversation, Message, RowFault, Tools
 from qlora_lightning.support.errors import UserError
 
 _OURS = ("train", "reasoning_content")
@@ -58,8 +58,8 @@ class TemplateRenderer:
     that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
     """
 
-    def __init__(self, tokenizer: Any, controls: templates.ControlTokens, reasoning: str = "template") -> None:
-        self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
+    def __init__(self, tokenizer: Any, controls: templates.ControlTokens) -> None:
+        self.tokenizer, self.controls = tokenizer, controls
         self._reasoning_key = templates.find_reasoning_key(getattr(tokenizer, "chat_template", None))
         self._reads_parts = templates.reads_parts(tokenizer)
         self._ending, self._call_ending = (
@@ -97,7 +97,7 @@ class TemplateRenderer:
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools, wanted: Sequence[int]) -> RenderedText:
         """Render what generation begins with; its answers are the wanted ones that training finds in the same text."""
-        messages = self.arrange_reasoning(messages, generation=True)
+        messages = self.arrange_reasoning(messages)
         text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
         answers = list[AnswerSpan]()
@@ -108,19 +108,12 @@ class TemplateRenderer:
                 answers += [answer] if text.startswith(generated[: answer.end]) else []
         return RenderedText(text, answers)
 
-    def arrange_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
-        """Return messages, without the reasoning of earlier answers if it is dropped; in generation all are earlier.
+    def arrange_reasoning(self, messages: Sequence[Message]) -> Conversation:
+        """Move a ``<think>`` block at the start of an answer to the key of the template, if it has one.
 
-        If the template has a key for reasoning, a ``<think>`` block at the start of an answer moves there: some
-        templates would write it beside a block of their own, or where the user sees it.
+        Otherwise some templates would write it next to a block of their own, or where the user sees it.
         """
-        if self._reasoning_key:
-            messages = [_read_block(message) for message in messages]
-        if self.reasoning != "drop":
-            return list(messages)
-        answers = answer_indices(messages)
-        earlier = set(answers if generation else answers[:-1])
-        return [_without_reasoning(message) if i in earlier else message for i, message in enumerate(messages)]
+        return [_read_block(message) for message in messages] if self._reasoning_key else list(messages)
 
     @cached_property
     def opens_reasoning(self) -> bool:
@@ -132,7 +125,7 @@ class TemplateRenderer:
 
     def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
         """Return the messages of a prompt for a server, with their reasoning as text if the template reads none."""
-        messages = self.arrange_reasoning(prompt, generation=True)
+        messages = self.arrange_reasoning(prompt)
         return messages if self._reasoning_key else [self._as_read(message) for message in messages]
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
@@ -294,14 +287,3 @@ def _read_block(message: Message) -> Message:
     if opened.strip() or not closing or not reasoning.strip() or message["role"] != "assistant":
         return message
     return {**message, "reasoning_content": reasoning.strip("\n"), "content": content.lstrip("\n")}
-
-
-def _without_reasoning(message: Message) -> Message:
-    reasoning, content = split_reasoning(message)
-    if reasoning is None:
-        return message
-    if not content.strip() and "tool_calls" not in message:
-        raise RowFault("an earlier answer is reasoning alone: with reasoning: drop nothing of it is left")
-    answer: Message = {**message, "content": content}
-    answer.pop("reasoning_content", None)
-    return answer

@@ -43,13 +43,13 @@ class ChatRenderer:
     decode to the answer and its stop token. ``template`` renders conversations as text.
     """
 
-    def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
+    def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.stop_ids = templates.find_stop_ids(tokenizer)
         self.controls = templates.ControlTokens(tokenizer, self.stop_ids)
         with bounded(_COST, "chat_template.cost"):
-            self.template = TemplateRenderer(tokenizer, self.controls, reasoning)
+            self.template = TemplateRenderer(tokenizer, self.controls)
         self._writes_bos = templates.writes_bos(tokenizer)
         self._backend: Any = tokenizer.backend_tokenizer
         plain, newline, after_newline = (encoding.ids for encoding in self._encode(["a", "\n", "\na"]))

@@ -56,7 +56,6 @@ WITH_TOOLS = ("unused", "call", "thought call", "told call", "two calls")
 SETTINGS = [  # and the rows on which they make a difference
     ({}, ROWS),
     ({"train_on": "last"}, ("turns", "call", "thought call")),
-    ({"reasoning": "drop"}, ("reasoning", "blocks", "early", "thought call")),
 ]
 # our own templates, and a family with the tokens that they take
 PRESETS = {"llama3": "llama3_1", "chatml": "qwen2_5", "alpaca": "mistral"}
@@ -118,7 +117,7 @@ def test_what_is_trained_is_the_answer_behind_what_generation_begins_with(famili
     assert rejected == {(row, "rows.bad") for row in REJECTED.get(name, ())}
 
 
-def check(data, messages, tools, train_on="assistant", reasoning="template"):
+def check(data, messages, tools, train_on="assistant"):
     tokenizer, renderer = data.tokenizer, data.renderer
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i in answers if messages[i].get("train", True)] if train_on == "assistant" else answers[-1:]
@@ -126,8 +125,7 @@ def check(data, messages, tools, train_on="assistant", reasoning="template"):
         text, before = tokenizer.decode(sample.ids[start:end]), tokenizer.decode(sample.ids[:start])
         assert [id in renderer.stop_ids for id in sample.ids[start:end]] == [False] * (end - start - 1) + [True], text
         thoughts, parts = parts_of(messages[index])
-        is_dropped = reasoning == "drop" and index != answers[-1]
-        expected = [thoughts] * (bool(thoughts) and not is_dropped) + parts
+        expected = [thoughts] * bool(thoughts) + parts
         positions = [text.find(part) for part in expected]
         assert min(positions) >= 0, text
         assert len(expected) == len(parts) or positions[0] == min(positions), text  # reasoning comes first
@@ -135,7 +133,7 @@ def check(data, messages, tools, train_on="assistant", reasoning="template"):
         if before == tokenizer.decode(prompt):
             assert sample.ids[:start] == prompt
         else:  # an empty block of reasoning is not trained
-            assert is_dropped or not thoughts, text
+            assert not thoughts, text
             assert re.fullmatch(r"\s*(<think>)?\s*</think>\s*", before.removeprefix(tokenizer.decode(prompt))), before
 
 

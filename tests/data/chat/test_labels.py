@@ -62,11 +62,6 @@ def test_the_reference_of_a_prediction_has_reasoning_and_calls_as_the_model_writ
     assert references == expected
 
 
-def test_an_earlier_answer_of_reasoning_alone_is_rejected_if_reasoning_is_dropped(chatml, talk):
-    with rejects("rows.bad", "reasoning alone"):
-        render_one(chatml, talk("q", "<think>Hm.</think>", "r", "k"), reasoning="drop")
-
-
 def test_what_follows_the_last_answer_is_left_out_and_marks_do_not_contradict_settings(characters, talk):
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
     conversation = [*talk("q"), {"role": "assistant", "content": "a", "train": False}]

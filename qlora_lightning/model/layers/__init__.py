@@ -1,1 +1,1 @@
-"""A LLaMA layer on a packed batch: attention, LoRA linears, norms and SwiGLU, fused if possible."""
+"""A LLaMA layer on a packed batch: attention, LoRA linears, norms and SwiGLU, fused when possible."""

@@ -1,9 +1,14 @@
-"""Attention over a packed batch: samples are end to end in one stream, and each attends only to itself.
+"""Attention over a packed batch, in which samples follow each other in one stream and each attends only to itself.
 
-:func:`packed_pass` sets where the samples are: some models do not pass keywords to their attention. Four
-implementations agree within rounding: C++ loops on a CPU; on a GPU torch's FlashAttention, or on an older one and in
-float32 its memory-efficient kernels; and torch's attention for one sample after the other. Outside of
-:func:`packed_pass`, as in ``generate``, it is transformers' own.
+:func:`packed_pass` sets where the samples are, because some models do not pass keywords on to their attention. Four
+implementations agree to within rounding:
+
+* on a CPU, C++ loops
+* on a GPU, torch's FlashAttention
+* on an older GPU or in float32, torch's memory-efficient kernels
+* anywhere, torch's attention on one sample at a time
+
+Outside :func:`packed_pass`, such as in ``generate``, transformers' own attention runs.
 """
 # mypy: allow-untyped-calls
 
@@ -26,22 +31,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qlora_lightning.model.cpu.library import call, find_function
 from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
-# As attention_mask of a packed batch it keeps transformers from building a (tokens, tokens) mask over all samples.
+# Passed as the attention_mask of a packed batch, it keeps transformers from building a (tokens, tokens) mask over all
+# samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 _RATE = re.compile("drop|jitter")  # in attention_dropout, embd_pdrop, layerdrop, router_jitter_noise, moe_jitter_eps
-# Keywords that transformers may pass and that are ignored: none changes the attention of a packed batch.
+# Keywords from transformers to ignore, because none of them changes the attention of a packed batch.
 _IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "num_items_in_batch"}
 _IGNORED |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
 
 
 class PackedPass(NamedTuple):
-    """The packed batch that a model computes, as its layers see it.
+    """The packed batch that a model is computing, as its layers see it.
 
     Attributes:
         sequences: Where its samples are.
         layers: Layers that run fused; see :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
-        fused: ``False`` selects torch's attention, one sample after the other.
-        recomputes: Whether backward computes a checkpointed layer again: what the layer returns is not read.
+        fused: ``False`` selects torch's attention, one sample at a time.
+        recomputes: Whether backward is recomputing a checkpointed layer. The layer's output is then not read.
     """
 
     sequences: SequenceBounds
@@ -51,13 +57,13 @@ class PackedPass(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """What an attention module asks for.
+    """The options that an attention module requests.
 
     Attributes:
         scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
-        dropout: Probability with which attention weights are dropped.
-        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it.
-        sinks: Attention sinks of gpt-oss, ``(heads,)``: scores of a key without a value.
+        dropout: Probability of dropping an attention weight.
+        sliding_window: How many tokens each token sees, including itself; ``None`` means all tokens up to it.
+        sinks: Attention sinks of gpt-oss, ``(heads,)``: the scores of a key that has no value.
     """
 
     scaling: float | None
@@ -71,7 +77,7 @@ current_pass: ContextVar[PackedPass | None] = ContextVar("current_pass", default
 
 @contextlib.contextmanager
 def packed_pass(batch: PackedPass | None) -> Iterator[None]:
-    """Make a packed batch the current one inside this context."""
+    """Make ``batch`` the current packed batch inside this context."""
     token = current_pass.set(batch)
     try:
         yield
@@ -80,19 +86,19 @@ def packed_pass(batch: PackedPass | None) -> Iterator[None]:
 
 
 def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """Return contexts for torch's checkpoint, in which backward recomputes with the same packed batch."""
+    """Return contexts for torch's checkpoint, so that backward recomputes with the same packed batch."""
     batch = current_pass.get()
     return contextlib.nullcontext(), packed_pass(None if batch is None else batch._replace(recomputes=True))
 
 
 def is_stochastic(causal_lm: Any) -> bool:
-    """Whether a transformers model draws random numbers in training: for dropout, or for noise before a router."""
+    """Whether a transformers model draws random numbers in training, for dropout or for noise in front of a router."""
     modules = list(causal_lm.modules())
     if any(module.p for module in modules if isinstance(module, nn.Dropout)):
         return True
-    # other rates, of what types compute by functions, are in their modules or in the config
+    # some types apply dropout or noise by functions: their rates are in the modules or in the config
     rates = (item for owner in (causal_lm.config, *modules) for item in vars(owner).items())
-    unused = ("classifier", "summary")  # of heads that a causal language model does not have
+    unused = ("classifier", "summary")  # rates of heads that a causal language model does not have
     return any(
         value
         for name, value in rates
@@ -100,8 +106,8 @@ def is_stochastic(causal_lm: Any) -> bool:
     )
 
 
-# not cuDNN, which torch prefers on compute capability 9.0 and 10.0: it plans for a new number of rows or tokens, which
-# nearly every batch has, in 55 to 70 ms (as published), and is not deterministic
+# Leave out cuDNN, which torch prefers on compute capability 9.0 and 10.0. It is not deterministic, and it makes a new
+# plan for each new number of rows or tokens, which nearly every batch has. A plan takes 55 to 70 ms (as published).
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def packed_attention(
     module: Any,
@@ -115,26 +121,26 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sample of the stream, with the signature of transformers' attention functions.
+    """Attend within each sample of the stream; the signature is that of transformers' attention functions.
 
     Args:
         module: The calling attention module.
         query: Queries, ``(1, heads, tokens, head_dim)``.
         key: Keys, ``(1, kv_heads, tokens, head_dim)``.
         value: Values, ``(1, kv_heads, tokens, head_dim)``.
-        attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key, or ``None``: causal. Ignored in a
-            packed batch.
+        attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key; ``None`` means causal. Ignored in
+            a packed batch.
         scaling: See :class:`AttentionOptions`.
         dropout: See :class:`AttentionOptions`.
-        sliding_window: See :class:`AttentionOptions`. Outside of a packed batch the mask contains it.
+        sliding_window: See :class:`AttentionOptions`. Outside a packed batch, the mask already includes it.
         s_aux: The sinks of :class:`AttentionOptions`.
-        kwargs: Further arguments of transformers.
+        kwargs: Further arguments from transformers.
 
     Returns:
         attn_out ``(1, tokens, heads, head_dim)``, and no weights.
 
     Raises:
-        RuntimeError: The model passes what is not computed here, such as a soft cap.
+        RuntimeError: If the model asks for something that this function does not compute, such as a soft cap.
     """
     reject_unsupported(type(module), kwargs)
     batch, options = current_pass.get(), AttentionOptions(scaling, dropout, sliding_window, s_aux)
@@ -152,7 +158,7 @@ def packed_attention(
 
 
 def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
-    """Reject keywords of transformers that ask for what is not computed here."""
+    """Reject keywords from transformers that ask for something not computed here."""
     for name, argument in options.items():
         asks_for_more = not argument if name == "is_causal" else name not in _IGNORED
         if argument is not None and asks_for_more:
@@ -165,7 +171,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
     Query and result are ``(n_tokens, heads, head_dim)``, key and value ``(n_tokens, kv_heads, head_dim)``.
     """
     sequences, expanded = batch.sequences, batch.sequences.expanded
-    # as SDPA chooses it: under autocast float32 parameters, such as a norm that trains, make some states float32
+    # choose the dtype like SDPA: under autocast, float32 parameters such as a trained norm make some states float32
     device = value.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (states.to(dtype) for states in (query, key, value))
@@ -176,7 +182,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
     takes_loops = is_fused and is_plain and has_cpu_kernel(query, key, value)
     if expanded.has_shared:
         key, value = (Expand.apply(states, expanded) for states in (key, value))
-    if takes_loops:  # which compute the query of a shared token once
+    if takes_loops:  # the loops compute the query of a shared token once
         return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, options.scaling))
     if expanded.has_shared:
         query = Expand.apply(query, expanded)
@@ -191,19 +197,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options
 
 
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the C++ loops take states ``(…, head_dim)`` of one dtype; bfloat16 needs a CPU with AVX512-BF16."""
-    if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":  # those of tracers have no data
+    """Whether the C++ loops support states ``(…, head_dim)`` of one dtype; bfloat16 needs a CPU with AVX512-BF16."""
+    if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":  # the tensors of tracers have no data
         return False
     head_dim = value.shape[-1]
-    if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read out of bounds
+    if not query.shape[-1] == key.shape[-1] == head_dim:  # else the loops would read out of bounds
         return False
     return head_dim % 16 == 0 and head_dim <= 256 and find_function("attend", value.dtype) is not None
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether torch has FlashAttention over ragged samples: from compute capability 8.0 on, in 16 bits.
+    """Whether torch's FlashAttention supports these ragged samples.
 
-    Its heads have one width, at most 256: those of Gemma 4's global layers are wider, and MLA has two widths.
+    It requires compute capability 8.0 or higher, a 16-bit dtype, and heads of one width, at most 256. The heads of
+    Gemma 4's global layers are wider, and MLA has two widths.
     """
     width = query.shape[-1]
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
@@ -213,18 +220,18 @@ def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def has_efficient_kernel(query: Tensor) -> bool:
-    """Whether torch has memory-efficient attention over ragged samples: on a GPU, in any dtype, at any width."""
+    """Whether torch has memory-efficient attention over ragged samples: on a GPU, in any dtype and at any width."""
     return query.is_cuda
 
 
-_capability = functools.cache(torch.cuda.get_device_capability)  # asked for by every layer
+_capability = functools.cache(torch.cuda.get_device_capability)  # every layer asks for it
 
 
 class Expand(torch.autograd.Function):
     """Compute ``states[gather_index]`` of a stream's states ``(n_tokens, heads, head_dim)``.
 
-    Gradients of a token's copies are summed in float32, in a fixed order. On CUDA the backward of indexing would sum
-    them in any order, and round after each.
+    Backward sums the gradients of a token's copies in float32, in a fixed order. On CUDA, the backward of indexing
+    would sum them in any order and round after each one.
     """
 
     @staticmethod
@@ -234,7 +241,7 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # of the expanded tokens
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # the gradient of the expanded tokens
         index, offsets = ctx.expansion.expanded_index, ctx.expansion.expanded_offsets
         grad_states = F.embedding_bag(index, grad.flatten(1), offsets, mode="sum", include_last_offset=True)
         return grad_states.view(-1, *grad.shape[1:]), None
@@ -243,8 +250,8 @@ class Expand(torch.autograd.Function):
 def attend_per_sample(
     query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, options: AttentionOptions
 ) -> Tensor:
-    """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`attend`."""
-    if query.is_cuda:  # kernels of older GPUs, and those with a mask, take no grouped heads
+    """Attend to one sample at a time with torch's SDPA; shapes are those of :func:`attend`."""
+    if query.is_cuda:  # kernels for older GPUs, and kernels with a mask, do not support grouped heads
         key, value = _repeat_heads(query, key, value)
     lengths = [end - start for start, end in itertools.pairwise(sequences.bounds)]
     outputs, window = [], options.sliding_window
@@ -264,7 +271,7 @@ def attend_per_sample(
 
 
 def _sdpa_with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
-    """Attend with a key and a value of zeros behind the others, whose score is the sink.
+    """Attend with one extra key and value of zeros after the others; the score of that key is the sink.
 
     ``mask`` is ``(…, queries, keys)``.
     """
@@ -279,11 +286,11 @@ def _sdpa_with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, op
 
 
 class RaggedAttention(torch.autograd.Function):
-    """Compute attention within each sample by torch's FlashAttention (Dao 2023, FlashAttention-2).
+    """Compute attention within each sample with torch's FlashAttention (Dao 2023, FlashAttention-2).
 
-    Both operators are those under ``torch.nn.attention.varlen.varlen_attn``. That takes the host 220 us a layer for
-    what takes 40 here (measured with torch 2.15), and on compute capability 9.0 and 10.0 it asks cuDNN, which plans
-    for every new shape of a batch.
+    This calls the two operators that ``torch.nn.attention.varlen.varlen_attn`` wraps. The wrapper costs the host 220 us
+    a layer, compared with 40 here (measured with torch 2.15). On compute capability 9.0 and 10.0 it also uses cuDNN,
+    which makes a plan for every new batch shape.
     """
 
     @staticmethod
@@ -291,12 +298,12 @@ class RaggedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, options: AttentionOptions
     ) -> Tensor:
         bounds, longest, window, sinks = sequences.cu_seqlens, sequences.longest, options.sliding_window, options.sinks
-        ctx.arguments = bounds, bounds, longest, longest, options.dropout, window is None  # of queries and of keys
+        ctx.arguments = bounds, bounds, longest, longest, options.dropout, window is None  # for queries and for keys
         window_left = -1 if window is None else window - 1  # -1: no limit
         ctx.options = {"scale": options.scaling, "window_size_left": window_left, "window_size_right": 0}
         attend, debugs = torch.ops.aten._flash_attention_forward.default, False
         attn_out, lse, *ctx.random, _ = attend(query, key, value, *ctx.arguments, debugs, **ctx.options)
-        if sinks is not None:  # with these outputs and log-sum-exps the usual backward is right
+        if sinks is not None:  # with these outputs and log-sum-exps, the usual backward is correct
             with_sinks = torch.logaddexp(lse, sinks.float()[:, None])  # (heads, n_tokens)
             attn_out = attn_out * torch.exp(lse - with_sinks).t().unsqueeze(-1).to(attn_out.dtype)
             lse = with_sinks
@@ -311,11 +318,11 @@ class RaggedAttention(torch.autograd.Function):
 
 
 class EfficientAttention(torch.autograd.Function):
-    """Compute attention within each sample by torch's memory-efficient kernels (Rabe and Staats 2021, by xFormers).
+    """Compute attention within each sample with torch's memory-efficient kernels (Rabe and Staats 2021, by xFormers).
 
-    They take any dtype and width of heads, from compute capability 5.0 on, and no grouped heads: keys and values are
-    repeated for each head of queries, in backward once more, since they are not kept. Sums over keys are not split in
-    backward: their parts would be added in any order.
+    They support any dtype and any head width on compute capability 5.0 or higher, but no grouped heads. Keys and values
+    are therefore repeated for each query head. They are not kept, so backward repeats them again. Backward does not
+    split its sums over keys, because the parts would be added in any order.
     """
 
     @staticmethod
@@ -343,20 +350,20 @@ class EfficientAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-_CAUSAL = 1  # of each sample: a query sees the keys up to its own
+_CAUSAL = 1  # within each sample, a query sees the keys up to its own
 
 
 def _repeat_heads(query: Tensor, *states: Tensor) -> list[Tensor]:
-    """Repeat keys or values ``(tokens, kv_heads, …)`` for each head of queries: ``(tokens, heads, …)``."""
+    """Repeat keys or values ``(tokens, kv_heads, …)`` for each query head, to ``(tokens, heads, …)``."""
     return [each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in states]
 
 
 class VarlenAttention(torch.autograd.Function):
-    """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample by the C++ loops.
+    """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample with the C++ loops.
 
-    On a CPU torch's flash kernel takes one sample at a time, at a fraction of the speed of matrix products. The loops
-    save Q, K, V and the log-sum-exp of each row, from which backward recomputes the probabilities (as in Dao et al.
-    2022, FlashAttention).
+    On a CPU, torch's flash kernel handles one sample at a time, at a fraction of the speed of matrix products. The
+    loops save Q, K, V and the log-sum-exp of each row. Backward recomputes the probabilities from these (as in Dao et
+    al. 2022, FlashAttention).
     """
 
     @staticmethod
@@ -366,7 +373,7 @@ class VarlenAttention(torch.autograd.Function):
         """Compute attn_out; query is ``(n_tokens, heads, head_dim)``, key and value ``(n_expanded, kv_heads, …)``."""
         query, key, value = (states.contiguous() for states in (query, key, value))
         n_queries, n_keys = len(sequences.expanded.first_expanded), sequences.bounds[-1]
-        assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # loops do not check it
+        assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # the loops do not check
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -183,7 +183,7 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
 def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
     qkv, samples = draw(20), sequences_of_lengths([20])
     for name, argument in {"softcap": 30.0, "is_causal": False}.items():
-        message = f"NoneType hands {name} on to attention"
+        message = f"NoneType passes {name} to attention"
         with packed_pass(PackedPass(samples)), pytest.raises(RuntimeError, match=message):
             packed_attention(None, *qkv, None, **{name: argument})
     query, key, _ = draw(20, width=32)

@@ -162,7 +162,7 @@ def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
     for name, argument in options.items():
         asks_for_more = not argument if name == "is_causal" else name not in _IGNORED
         if argument is not None and asks_for_more:
-            raise RuntimeError(f"{caller.__name__} hands {name} on to attention, which packed batches lack.")
+            raise RuntimeError(f"{caller.__name__} passes {name} to attention, which packed batches do not support.")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options: AttentionOptions) -> Tensor:

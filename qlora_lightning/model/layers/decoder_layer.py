@@ -1,7 +1,7 @@
-"""A decoder layer of few autograd functions, which save little for backward and share their inputs.
+"""A decoder layer made of a few autograd functions that save little for backward and share their inputs.
 
-It is the layer of LLaMA, Mistral, Qwen2 and Qwen3: linears with or without bias, RMSNorm before attention and MLP (in
-Qwen3 also on each head's queries and keys), rotary position embedding, SwiGLU.
+It is the layer of LLaMA, Mistral, Qwen2 and Qwen3. It has linears with or without bias, RMSNorm before attention and
+MLP, rotary position embedding, and SwiGLU. Qwen3 also applies RMSNorm to each head's queries and keys.
 """
 # mypy: allow-untyped-calls
 
@@ -18,21 +18,21 @@ from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import AttentionOptions, PackedPass, current_pass
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, LinearGroup
 
-PIECE_TOKENS = 8192  # tokens that the MLP of a checkpointed layer takes at a time
+PIECE_TOKENS = 8192  # tokens that the MLP of a checkpointed layer processes at a time
 
 
 class RMSNormLinears(torch.autograd.Function):
-    """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input, and return x for the residual.
+    """Compute ``y = linear(RMSNorm(x))`` for several linears that share their input, and return x for the residual.
 
-    It saves x, its inverse root mean squares and the products with A; backward recomputes the normed input, and adds
-    the gradient of the residual. All A of the group are multiplied as one matrix.
+    Forward saves x, its inverse root mean squares and the products with A. Backward recomputes the normed input and
+    adds the gradient of the residual. The A matrices of the group are multiplied as one matrix.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: Any, group: LinearGroup, head_dim: int | None, *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Compute x, and ``(n_tokens, out)`` or ``(n_tokens, heads, head_dim)`` of each linear, from x."""
+        """Return x, then each linear's output, ``(n_tokens, out)`` or ``(n_tokens, heads, head_dim)``."""
         normed, inverse_rms = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon)
         xa = lora.apply_A(normed, group)
         ctx.save_for_backward(x, inverse_rms, xa)
@@ -58,9 +58,9 @@ class RMSNormLinears(torch.autograd.Function):
 
 
 class SwiGLUDown(torch.autograd.Function):
-    """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` of ``h = silu(gate) · up``: the MLP after gate and up.
+    """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` for ``h = silu(gate) · up``: the MLP after gate and up.
 
-    It saves gate, up and ``h Aᵀ``; backward recomputes h.
+    Forward saves gate, up and ``h Aᵀ``. Backward recomputes h.
     """
 
     @staticmethod
@@ -73,9 +73,9 @@ class SwiGLUDown(torch.autograd.Function):
         recomputes: bool,
         *adapters: Tensor | None,
     ) -> Tensor:
-        """Compute ``(n_tokens, width)``, as of the residual, from gate and up, ``(n_tokens, intermediate)``.
+        """Compute ``(n_tokens, width)``, the residual's shape, from gate and up, ``(n_tokens, intermediate)``.
 
-        ``recomputes`` leaves out the product with W, a quarter of a layer's products: only what it saves is read.
+        ``recomputes`` skips the product with W, a quarter of a layer's products. Only the saved tensors are then read.
         """
         hidden = elementwise.swiglu(gate, up)
         xa = lora.apply_A(hidden, down)
@@ -95,9 +95,9 @@ class SwiGLUDown(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """Normalize states by RMSNorm with a frozen weight: each head's queries or keys, or the last hidden states.
+    """Normalize each head's queries or keys, or the last hidden states, by RMSNorm with a frozen weight.
 
-    It saves its input and the inverse root mean squares.
+    Forward saves its input and the inverse root mean squares.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class FusedNorm(Fused):
-    """The last norm of transformers, which on a GPU is one launch in packed batches: theirs takes float32 states."""
+    """The last norm of a transformers model, as one GPU launch in packed batches; theirs makes float32 states."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -132,13 +132,13 @@ class FusedNorm(Fused):
 
 
 class LayerGroups(NamedTuple):
-    """A layer's linears by their inputs, read once a pass: reading them takes the host longer.
+    """A layer's linears grouped by input, collected once per pass to save time on the host.
 
     Attributes:
-        qkv: The linears behind the first norm.
-        o: The linear behind attention.
-        gate_up: The linears behind the second norm.
-        down: The linear behind SwiGLU.
+        qkv: The linears after the first norm.
+        o: The linear after attention.
+        gate_up: The linears after the second norm.
+        down: The linear after SwiGLU.
     """
 
     qkv: LinearGroup
@@ -158,7 +158,7 @@ class FusedDecoderLayer(Fused):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of hidden states and all products, if it runs fused."""
+        """The dtype of hidden states and all products when the layer runs fused."""
         return cast(torch.dtype, self.input_layernorm.weight.dtype)
 
     def linears(self) -> list[nn.Module]:
@@ -180,12 +180,12 @@ class FusedDecoderLayer(Fused):
         return LayerGroups(*(lora.linear_group(group, self.compute_dtype, copies) for group in groups))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(1, n_tokens, width)`` to the same; transformers' forward if not packed or not plain LoRA."""
+        """Map ``(1, n_tokens, width)`` to the same shape; if not packed or not plain LoRA, by transformers' forward."""
         batch = current_pass.get()
         groups = None if batch is None or args else batch.layers.get(self)
         if batch is None or groups is None:
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
+        # transformers 5.17 also runs a layer's hooks when it recomputes, and they may read the layer's output
         if batch.recomputes and self._forward_hooks:
             with attention.packed_pass(batch._replace(recomputes=False)):
                 return FusedDecoderLayer.forward(self, hidden_states, **kwargs)
@@ -225,9 +225,10 @@ class FusedDecoderLayer(Fused):
         return cast(Tensor, SwiGLUDown.apply(*states, down, recomputes, *down.adapters))
 
     def _apply_mlp_in_pieces(self, hidden: Tensor, groups: LayerGroups) -> Tensor:
-        """Compute the same in checkpointed pieces of some tokens.
+        """Compute the same as :meth:`_apply_mlp`, in checkpointed pieces of ``PIECE_TOKENS`` tokens.
 
-        When backward recomputes the layer, only the inputs of the pieces are read: each is recomputed by itself.
+        When backward recomputes the layer, only the inputs of the pieces are read, because each piece is recomputed
+        separately.
         """
         recomputes = cast(PackedPass, current_pass.get()).recomputes
         function = (lambda piece, groups: piece) if recomputes else self._apply_mlp
@@ -238,9 +239,9 @@ class FusedDecoderLayer(Fused):
 
 
 def prepare_layers(causal_lm: Any) -> dict[nn.Module, LayerGroups]:
-    """Return the linears of all layers that run fused now, for a whole pass, and cast all adapters in one operation.
+    """Return the linears of all layers that currently run fused, and cast all adapters in one operation.
 
-    On a GPU each single cast is a launch, and a layer has fourteen.
+    The result is valid for one pass. On a GPU, each separate cast is a launch, and a layer has fourteen.
     """
     layers = [layer for layer in getattr(causal_lm.base_model, "layers", ()) if isinstance(layer, FusedDecoderLayer)]
     copies: list[tuple[Tensor, Tensor]] = []

@@ -1,6 +1,6 @@
-"""RMSNorm, rotary position embedding and SwiGLU, forward and backward, which save little.
+"""RMSNorm, rotary position embedding and SwiGLU, forward and backward, saving little.
 
-A GPU runs each as one kernel of kernels.py, a CPU torch's operations.
+A GPU runs each as one kernel from kernels.py. A CPU runs torch's operations.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.support.errors import describe_error, is_out_of_memory
 
-_SLOWER = "norm, rotary, SwiGLU and loss take several kernels of torch each."
+_SLOWER = "norm, rotary, SwiGLU and loss each run as several torch kernels."
 _log = logging.getLogger(__name__)
-_distrusted = False  # whether a kernel failed, or computed something else than torch
+_distrusted = False  # whether a kernel failed, or its result differed from torch's
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def has_kernel(function: _Function) -> _Function:
-    """Let a GPU with Triton run the kernel of a function's name in its place."""
+    """Run the Triton kernel of the same name in place of a function, on a GPU with Triton."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
@@ -36,10 +36,10 @@ def has_kernel(function: _Function) -> _Function:
                 return run(*arguments)
         try:
             return getattr(kernels, function.__name__)(*arguments)
-        except Exception as error:  # from Triton or its compiler, before anything is launched
+        except Exception as error:  # from Triton or its compiler, before any launch
             if is_out_of_memory(error):
                 raise
-            _log.warning("Triton does not run %s here (%s): %s", function.__name__, describe_error(error), _SLOWER)
+            _log.warning("Triton cannot run %s here (%s): %s", function.__name__, describe_error(error), _SLOWER)
             distrust_kernels()
         return function(*arguments)
 
@@ -47,7 +47,7 @@ def has_kernel(function: _Function) -> _Function:
 
 
 def triton_kernels(device_type: str) -> Any:
-    """Return the module of kernels; ``None`` if there is no Triton, or one of them is not trusted in this process."""
+    """Return the module of kernels; ``None`` without Triton, or if a kernel is not trusted in this process."""
     return None if _distrusted or device_type != "cuda" else _import_kernels()
 
 
@@ -56,20 +56,20 @@ def _import_kernels() -> Any:
     try:
         from qlora_lightning.model.layers import kernels
     except ImportError as error:
-        _log.warning("There is no Triton (%s): %s", describe_error(error), _SLOWER)
+        _log.warning("Triton is not available (%s): %s", describe_error(error), _SLOWER)
         return None
     return kernels
 
 
 def distrust_kernels() -> None:
-    """Run torch's operations in the place of Triton's kernels, in this process from now on."""
+    """Run torch's operations instead of Triton's kernels from now on in this process."""
     global _distrusted
     _distrusted = True
 
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Run torch's operations in the place of Triton's kernels for a while."""
+    """Run torch's operations instead of Triton's kernels inside this context."""
     global _distrusted
     before, _distrusted = _distrusted, True
     try:
@@ -83,9 +83,9 @@ def without_kernels() -> Iterator[None]:
 
 @has_kernel
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
+    """Compute the norm's output, and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
 
-    Like transformers it rounds before it multiplies by the weight.
+    Like transformers, it rounds before it multiplies by the weight.
     """
     x_float = _to_float32(x)
     square_sum: Tensor = torch.linalg.vector_norm(x_float, dim=-1, keepdim=True).square_()
@@ -97,9 +97,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, grad_residual: Tensor | None = None
 ) -> Tensor:
-    """Compute the gradient of x, ``inverse (w g - x̂ mean(w g x̂))`` where ``x̂ = x · inverse``, from the output's.
+    """Compute x's gradient ``inverse (w g - x̂ mean(w g x̂))``, with ``x̂ = x · inverse``, from the output's gradient g.
 
-    ``grad_residual`` is added: the gradient of what else uses x.
+    The result includes ``grad_residual``, the gradient from the other use of x.
     """
     x_hat = _to_float32(x).mul_(inverse)
     weighted_grad = _to_float32(grad).mul_(weight.to(x_hat.dtype))
@@ -109,7 +109,7 @@ def rms_norm_backward(
 
 
 def _to_float32(x: Tensor) -> Tensor:
-    """Copy to float32, or float64, once: each operation on mixed dtypes would make such a copy."""
+    """Copy to float32, or float64, once; otherwise each operation on mixed dtypes would make such a copy."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
@@ -124,7 +124,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @has_kernel
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Recompute h, and compute the gradients of gate and up from that of h, which may be overwritten."""
+    """Recompute h, and compute the gradients of gate and up from h's gradient, which may be overwritten."""
     silu_gate = F.silu(gate)
     hidden = silu_gate * up
     grad_up = silu_gate.mul_(grad)
@@ -138,12 +138,12 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 class Rotary(torch.autograd.Function):
     """Rotate each pair ``(x[i], x[i + half])`` by its position's angle (Su et al. 2021, RoFormer).
 
-    Pairs are as in transformers' ``apply_rotary_pos_emb``. The angles get no gradient.
+    The pairs are those of transformers' ``apply_rotary_pos_emb``. The angles get no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate both, ``(n_tokens, heads, head_dim)``, by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
+        """Rotate query and key ``(n_tokens, heads, head_dim)`` by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
         ctx.angles = cos, sin
         return rotate(query, key, cos, sin, 1)
 
@@ -156,7 +156,7 @@ class Rotary(torch.autograd.Function):
 
 @has_kernel
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """Rotate by the angles times ``sign``, which is -1 in backward. Both halves of the angles are the same."""
+    """Rotate by the angles times ``sign``, which is -1 in backward; both halves of the angles are the same."""
     cos, sin, half = cos[0, :, None], sin[0, :, None], query.shape[-1] // 2  # (n_tokens, 1, head_dim)
 
     def rotate_states(states: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Experts of a mixture in 4 bits: packed while a base is loaded, and dequantized one at a time for their products.
+"""Mixture-of-experts weights in 4 bits: packed while a base is loaded, and dequantized one expert at a time.
 
-transformers marks the experts of a type by ``use_experts_implementation`` and lets a registered function compute them.
-Ours sorts tokens by expert, and multiplies those of each expert that has any by its weights. It is one autograd
-function, so that no dense weight outlives its product: backward dequantizes again. Experts see tokens, not rows.
+transformers marks a type's experts with ``use_experts_implementation`` and lets a registered function compute them.
+Our function sorts tokens by expert, then multiplies each expert's tokens by its weights. It is one autograd function,
+so no dense weight outlives its product, and backward dequantizes again. Experts see tokens, not rows.
 """
 # mypy: allow-untyped-calls, allow-subclassing-any
 
@@ -32,16 +32,17 @@ from qlora_lightning.model.layers.lora import Fused, active_lora, dequantize, de
 from qlora_lightning.model.model_types import decoder_layers
 from qlora_lightning.support.errors import UserError
 
-# Before, A and B of experts had another layout, which later ones do not read; with transformers 5.17 it opens none.
+# Earlier versions of PEFT laid out A and B of experts in another way, which later versions cannot read. With
+# transformers 5.17 they cannot open any.
 ADAPTS_EXPERTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 20)
 
-# Our function of experts among those of transformers; and quant_method in the config.json of a cached base.
+# The name of our experts function in transformers' registry, and the quant_method in a cached base's config.json.
 _NAME = "qlora_lightning_experts"
-_BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256  # of bitsandbytes: weights that share a scale, and scales that do
+_BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256  # of bitsandbytes: weights per scale, and scales per nested scale
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
-    """Return the modules of experts that are computed here, by name: as transformers' interface has them."""
+    """Return the experts modules that this package computes, by name: those with transformers' experts interface."""
     return {name: module for name, module in model.named_modules() if _is_computed(module)}
 
 
@@ -50,12 +51,12 @@ def _is_computed(experts: Any) -> bool:
         return False
     weights = (getattr(experts, name, None) for name in weight_names(experts))
     plain = [weight for weight in weights if not isinstance(weight, bnb.nn.Params4bit | NoneType)]  # others are packed
-    is_aligned = all(weight[0].numel() % _BLOCKSIZE == 0 for weight in plain)  # no block has weights of two experts
+    is_aligned = all(weight[0].numel() % _BLOCKSIZE == 0 for weight in plain)  # no block spans two experts
     return is_aligned and not getattr(experts, "has_post_expert_norm", False)
 
 
 def weight_names(experts: Any) -> tuple[str, str]:
-    """Return the names of the two weights of an experts module, each of all its experts."""
+    """Return the names of an experts module's two weights; each holds all experts."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
@@ -63,9 +64,9 @@ def weight_names(experts: Any) -> tuple[str, str]:
 
 
 class PackedExperts(bnb.nn.Linear4bit):
-    """A weight ``(n_experts, rows, columns)`` in 4 bits; it is saved, sharded and counted as a linear of bitsandbytes.
+    """A 4-bit weight ``(n_experts, rows, columns)``, saved, sharded and counted like a bitsandbytes linear.
 
-    It is not called: :class:`ExpertsFunction` multiplies by one expert at a time.
+    It is never called, because :class:`ExpertsFunction` multiplies by one expert at a time.
     """
 
     def __init__(self, shape: Sequence[int], config: BitsAndBytesConfig) -> None:
@@ -77,12 +78,12 @@ class PackedExperts(bnb.nn.Linear4bit):
 
 
 def packed_name(name: str) -> str:
-    """Return the name of a packed weight: no pattern of transformers' conversions matches it."""
+    """Return the name of a packed weight, which no pattern in transformers' conversions matches."""
     return f"packed_{name}"
 
 
 def pack(weight: Tensor, quant_type: str, double_quant: bool) -> bnb.nn.Params4bit:
-    """Quantize ``(n_experts, rows, columns)``, an expert at a time, to what bitsandbytes makes of all at once."""
+    """Quantize ``(n_experts, rows, columns)`` one expert at a time; the result is as if bitsandbytes did all at once."""
     experts = [weight] if weight.is_meta else weight
     parts = [quantize_4bit(expert.contiguous(), blocksize=_BLOCKSIZE, quant_type=quant_type) for expert in experts]
     packed, state = torch.cat([packed for packed, _ in parts]), parts[0][1]
@@ -95,7 +96,7 @@ def pack(weight: Tensor, quant_type: str, double_quant: bool) -> bnb.nn.Params4b
 
 
 def pack_experts(model: Any, config: BitsAndBytesConfig, fill: bool = True) -> None:
-    """Put packed weights in the place of all experts' weights; without ``fill`` they are to be loaded."""
+    """Replace all experts' weights with packed ones; without ``fill``, they are left empty, to be loaded later."""
     all_experts = experts_of(model).values()
     if all_experts:
         register_experts()
@@ -110,35 +111,35 @@ def pack_experts(model: Any, config: BitsAndBytesConfig, fill: bool = True) -> N
                 module.weight = weight
             delattr(experts, name)
             setattr(experts, packed_name(name), module.requires_grad_(False))
-        experts._is_hf_initialized = True  # transformers' initialization would ask for the weights
+        experts._is_hf_initialized = True  # else transformers' initialization would look for the weights
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 class ExpertsConfig(BitsAndBytesConfig):
-    """bitsandbytes' settings of 4 bits, for a model whose experts are packed too."""
+    """bitsandbytes' 4-bit settings, for a model whose experts are packed too."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "load_in_4bit": True})
         self.quant_method = _NAME
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings without those by which transformers chooses its own quantizer."""
+        """Return the settings, without those that make transformers choose its own quantizer."""
         return {name: value for name, value in super().to_dict().items() if "load_in" not in name}
 
 
 class _PackWhileLoading(Bnb4bitQuantize):
-    """Pack a weight of experts; leave all else to bitsandbytes."""
+    """Pack experts' weights; leave everything else to bitsandbytes."""
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Convert weights, which transformers has joined from tensors of its files, or split."""
+        """Convert weights that transformers has joined or split from the tensors in the files."""
         config = self.hf_quantizer.quantization_config
         converted: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             if (described := model.get_parameter(name)).dim() == 3:
                 weight = value[0] if isinstance(value, list) else value
-                if weight.shape != described.shape:  # transformers compares no shape of what it quantizes
+                if weight.shape != described.shape:  # transformers does not check the shapes of weights it quantizes
                     raise UserError(f"{name} has the shape {[*weight.shape]}, not {[*described.shape]}", "base.tensors")
                 converted[name] = pack(weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
             else:
@@ -147,12 +148,12 @@ class _PackWhileLoading(Bnb4bitQuantize):
 
 
 class _Mxfp4(Mxfp4Dequantize):
-    """Dequantize a weight of gpt-oss as it is published, an expert at a time; 16 bits hold its values exactly."""
+    """Dequantize a published gpt-oss weight one expert at a time; 16 bits hold its values exactly."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Convert the blocks and the scales of one weight."""
+        """Convert the blocks and scales of one weight."""
         dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
         blocks, scales = (input_dict[pattern][0].split(1) for pattern in source_patterns)
         experts = [convert_moe_packed_tensors(*pair, dtype=dtype) for pair in zip(blocks, scales, strict=True)]
@@ -160,7 +161,7 @@ class _Mxfp4(Mxfp4Dequantize):
 
 
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """transformers' quantizer of 4 bits, which packs experts too: one weight of one layer is in 16 bits at a time."""
+    """transformers' 4-bit quantizer, extended to pack experts; only one weight of one layer is in 16 bits at a time."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, name = param_name.rpartition(".")
@@ -172,7 +173,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         return _PackWhileLoading(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Return transformers' conversions, with one of MXFP4 that does not leave 16 bits in memory."""
+        """Return transformers' conversions, plus one for MXFP4 that leaves no 16-bit weights in memory."""
         names = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
         mxfp4 = [WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [_Mxfp4(self)]) for name in names]
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
@@ -191,24 +192,24 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
 @functools.cache
 def register_experts() -> None:
-    """Let transformers know our quantizer and our function of experts."""
+    """Register our quantizer and our experts function with transformers."""
     register_quantization_config(_NAME)(ExpertsConfig)
     register_quantizer(_NAME)(ExpertsQuantizer)
     ALL_EXPERTS_FUNCTIONS.register(_NAME, run_experts)
 
 
 def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
-    """Reject a mixture of experts that cannot be packed, or not as asked."""
+    """Reject a mixture of experts that cannot be packed, or not with the requested quantization."""
     model_type, all_experts = causal_lm.config.model_type, experts_of(causal_lm).values()
     if all_experts and quantization == "int8":
         raise UserError(
-            f"Base {name}: experts of a {model_type} are quantized in 4 bits only. Set model.quantization to nf4.",
+            f"Base {name}: experts of a {model_type} can be quantized to 4 bits only. Set model.quantization to nf4.",
             "model.quantization",
         )
     top_k = getattr(causal_lm.config, "num_experts_per_tok", 1)
     if any(top_k not in range(1, experts.num_experts + 1) for experts in all_experts):
         raise UserError(
-            f"Base {name}: num_experts_per_tok of its config.json is {top_k}, expected a number from 1 to that of the "
+            f"Base {name}: num_experts_per_tok in its config.json is {top_k}, expected a number from 1 to the number of "
             "experts.",
             "num_experts_per_tok",
         )
@@ -218,8 +219,8 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
     share = unpacked_size / max(1, sum(weight.numel() for weight in weights))
     if share > 0.1:
         raise UserError(
-            f"Base {name}: {share:.0%} of the layers' weights of a {model_type} are fused experts of a layout that is "
-            "not packed. Set model.quantization to none: they stay in 16 bits. Or choose another base.",
+            f"Base {name}: {share:.0%} of the layers' weights of a {model_type} are fused experts in a layout that "
+            "cannot be packed. Set model.quantization to none to keep them in 16 bits, or choose another base.",
             "base.experts",
         )
 
@@ -228,27 +229,27 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
 
 
 def routers_of(model: nn.Module) -> set[nn.Module]:
-    """Return the linears that choose experts, which no preset adapts; in many types the router is no linear."""
+    """Return the linears that choose experts, which no preset adapts; in many types, the router is not a linear."""
     modules = (named for layer in decoder_layers(model) for named in layer.named_modules())
     routers = {"gate", "router"}
     return {module for name, module in modules if isinstance(module, nn.Linear) and routers & {*name.split(".")}}
 
 
 def experts_per_token(config: Any) -> int:
-    """Return how many experts a token has at most."""
+    """Return the maximum number of experts per token."""
     names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
     count = next((count for name in names if (count := getattr(config, name, None)) is not None), 1)
     return max(count) if isinstance(count, list) else int(count)
 
 
-Slices = Mapping[int, slice]  # of each expert that has any: its pairs of a token and an expert, sorted by expert
+Slices = Mapping[int, slice]  # for each expert with tokens, its (token, expert) pairs in the order sorted by expert
 
 
 def sort_by_expert(top_k_index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Slices]:
-    """Sort pairs on the device; the bounds are read once, for the loop over experts.
+    """Sort (token, expert) pairs on the device; the host reads the bounds once, for the loop over experts.
 
     Returns:
-        The place of each sorted pair among ``(n_tokens, top_k)``, the sorted pair of each place, and the slices.
+        The position of each sorted pair in ``(n_tokens, top_k)``, the inverse of that order, and the slices.
     """
     flat = top_k_index.reshape(-1)
     order = flat.argsort(stable=True)
@@ -265,12 +266,13 @@ class ExpertWeights:
     """The frozen weights of all experts in one of their two products, with their adapters.
 
     Args:
-        experts: The module of experts.
+        experts: The experts module.
         name: The weight's name.
-        dtype: Of the products.
+        dtype: The dtype of the products.
         scaling: Factor on the adapters' part.
         lora_A: A of all experts as PEFT stores it, ``(n_experts · rank, in)``; ``None`` without adapters.
-        lora_B: B likewise, ``(out, rank · n_experts)``, whose columns have the expert fastest.
+        lora_B: B of all experts as PEFT stores it, ``(out, rank · n_experts)``; along the columns, the expert index
+            varies fastest.
     """
 
     def __init__(
@@ -281,7 +283,7 @@ class ExpertWeights:
         self._packed: Any = getattr(experts, packed_name(name), None)
         n_experts, *sizes = (getattr(experts, name) if self._packed is None else self._packed).shape
         self.in_features, self.out_features = sizes if experts.is_transposed else sizes[::-1]
-        self.adapters, self.lora_A, self.lora_B = (lora_A, lora_B), None, None  # adapters train
+        self.adapters, self.lora_A, self.lora_B = (lora_A, lora_B), None, None  # the adapters are trained
         if lora_A is not None and lora_B is not None:
             self.lora_A = lora_A.detach().to(dtype).view(n_experts, -1, self.in_features)  # (n_experts, rank, in)
             lora_B = lora_B.detach().to(dtype).view(self.out_features, -1, n_experts)
@@ -292,7 +294,7 @@ class ExpertWeights:
         if self._packed is not None:
             packed, state = self._packed.weight.data, self._packed.weight.quant_state
             absmax, options = state.absmax, {"blocksize": state.blocksize, "quant_type": state.quant_type}
-            if state.nested:  # of all experts at once: blocks of scales reach across experts
+            if state.nested:  # for all experts at once, because blocks of scales span experts
                 absmax = dequantize_blockwise(absmax, state.state2) + state.offset
             options |= {"shape": torch.Size(state.shape[1:]), "code": state.code, "dtype": state.dtype}
             stacked, absmax = (tensor.view(state.shape[0], -1) for tensor in (packed, absmax))
@@ -317,7 +319,7 @@ class ExpertWeights:
         return y
 
     def input_gradient(self, grad_y: Tensor, slices: Slices) -> Tensor:
-        """Compute the gradient ``(n_pairs, in)`` from that of the output."""
+        """Compute the input's gradient ``(n_pairs, in)`` from the output's."""
         grad_x = grad_y.new_empty(len(grad_y), self.in_features)
         for expert, pairs, weight in self._dense(slices):
             torch.mm(grad_y[pairs], weight.t(), out=grad_x[pairs])
@@ -343,7 +345,7 @@ class ExpertWeights:
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """Compute ``Σ_k weight_k · expert_k(x)`` of each token, saving the first products and the routing for backward."""
+    """Compute ``Σ_k weight_k · expert_k(x)`` for each token, saving the first products and the routing for backward."""
 
     @staticmethod
     def forward(
@@ -356,7 +358,10 @@ class ExpertsFunction(torch.autograd.Function):
         down: ExpertWeights,
         *_: Tensor | None,
     ) -> Tensor:
-        """Compute ``(n_tokens, width)`` from hidden of that shape and two ``(n_tokens, top_k)``; last come adapters."""
+        """Compute ``(n_tokens, width)`` from ``hidden`` of the same shape; adapters come last.
+
+        ``top_k_weights`` and ``top_k_index`` are ``(n_tokens, top_k)``.
+        """
         order, inverse, slices = sort_by_expert(top_k_index, experts.num_experts)
         states = up.multiply(hidden[order // top_k_index.shape[1]], slices)  # (n_pairs, width of gate and up)
         output = down.multiply(_activate(experts, states), slices)
@@ -378,7 +383,7 @@ class ExpertsFunction(torch.autograd.Function):
         grad = grad_output[tokens]  # (n_pairs, width), without the pairs' weights
         grads_down = down.adapter_gradients(activated.detach(), grad, slices, pair_weights.to(grad.dtype))
         grad_activated = down.input_gradient(grad, slices)
-        # the output's product with its gradient is that of the activation with its own
+        # the product of output and output gradient equals the product of activation and activation gradient
         grad_weights = (grad_activated * activated.detach()).sum(-1, dtype=torch.float32)
         for expert, pairs in slices.items() if down.bias is not None else ():
             grad_weights[pairs] += grad[pairs] @ down.bias[expert]
@@ -405,7 +410,7 @@ def run_experts(
     *,
     adapters: Mapping[str, tuple[float, Tensor, Tensor]] = MappingProxyType({}),
 ) -> Tensor:
-    """Forward of an experts module of transformers; ``adapters`` are scaling, A and B by the weight's name."""
+    """Run the forward of a transformers experts module; ``adapters`` maps a weight's name to its scaling, A and B."""
     device = device_of_autocast(hidden)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
@@ -422,15 +427,15 @@ def run_experts(
 
 
 class FusedExperts(Fused):
-    """PEFT's LoRA on a weight of experts, around the experts or around another of these; saving and merging are PEFT's.
+    """PEFT's LoRA on an experts weight, wrapped around the experts or around another such wrapper.
 
-    PEFT's own forward would make dense weights of all experts.
+    PEFT's own forward would make dense weights for all experts. Saving and merging remain PEFT's.
     """
 
     fallback_reason = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the experts with the adapters of all wrappers around them."""
+        """Run the experts with the adapters of all wrappers around them."""
         layer: Any = self
         adapters = {}
         while isinstance(layer, ParamWrapper):
@@ -443,9 +448,9 @@ class FusedExperts(Fused):
 
 @contextlib.contextmanager
 def adapting_experts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """Let PEFT see the shapes of packed weights as parameters, and replace its wrappers by ours afterwards."""
+    """Show PEFT the shapes of packed weights as parameters, and replace its wrappers with ours afterwards."""
     if config.target_parameters and not ADAPTS_EXPERTS:
-        raise UserError("Adapters of experts take PEFT 0.20 or newer: update peft.", "peft.version")
+        raise UserError("Adapters on experts require PEFT 0.20 or newer: update peft.", "peft.version")
     hidden_names = []
     for experts in experts_of(model).values() if config.target_parameters else ():
         for name in weight_names(experts):
@@ -464,5 +469,5 @@ def adapting_experts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """Return the full names of the weights of all experts, as PEFT's ``target_parameters`` has them."""
+    """Return the full names of all experts' weights, in the form of PEFT's ``target_parameters``."""
     return [f"{name}.{weight}" for name, experts in experts_of(model).items() for weight in weight_names(experts)]

@@ -1,7 +1,8 @@
-"""Triton kernels of 4-bit weights, RMSNorm, SwiGLU, rotary embedding and cross-entropy: each is one launch on a GPU.
+"""Triton kernels for 4-bit weights, RMSNorm, SwiGLU, rotary embedding and cross-entropy, one GPU launch each.
 
-Each computes in float32 what its namesake in lora.py, elementwise.py or step/loss.py computes by torch's operations,
-and rounds once. A kernel is compiled for each width, once for all numbers of tokens.
+Each kernel computes the same result as the function of its name in lora.py, elementwise.py or step/loss.py, which uses
+torch's operations. The kernel computes in float32 and rounds once. It is compiled once per width, for any number of
+tokens.
 """
 # mypy: allow-untyped-decorators
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # columns of a program that has no whole row
+_BLOCK = 1024  # columns per program when a program handles only part of a row
 _LOGITS_BLOCK = 4096  # logits of a row at a time
 
 _compiled: dict[Any, Any] = {}
@@ -23,20 +24,21 @@ _compiled: dict[Any, Any] = {}
 def _launch(kernel: Any, programs: int, tensors: Sequence[Any], constants: tuple[Any, ...], **options: Any) -> None:
     """Launch a kernel that takes tensors, then constants.
 
-    Triton finds the compiled kernel by all that it may specialize on, and so takes the host twice as long.
+    Triton's own launch looks up the compiled kernel by everything it may specialize on, which takes the host twice as
+    long.
     """
     kinds = [tensor if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
     key = (kernel, tensors[0].device, constants, *kinds)
     if (compiled := _compiled.get(key)) is not None:
         compiled[(programs, 1, 1)](*tensors, *constants)
         return
-    # products and sums in one instruction: Triton 3.10 changes the default
+    # multiply and add in one instruction; set here because Triton 3.10 changes the default
     options = {"enable_fp_fusion": True, **options}
     _compiled[key] = kernel[(programs,)](*tensors, *constants, **options)  # its interpreter returns None
 
 
 def _warps(block: int) -> int:
-    """Return the warps of a program with a whole row: 16 numbers a thread."""
+    """Return the number of warps for a program that handles a full row, at 16 numbers per thread."""
     return min(16, max(1, block // 512))
 
 
@@ -44,9 +46,9 @@ def _warps(block: int) -> int:
 
 
 def dequantize(packed: Tensor, quant_state: Any) -> Tensor:
-    """Compute what ``lora.dequantize`` does."""
+    """Compute the same as ``lora.dequantize``."""
     weight = torch.empty(quant_state.shape, dtype=quant_state.dtype, device=packed.device)
-    packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)  # by bnb_4bit_quant_storage
+    packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)  # see bnb_4bit_quant_storage
     scales, nested_blocksize, size = (None, None, None), 1, packed.numel()
     if quant_state.nested:
         nested = quant_state.state2
@@ -72,7 +74,7 @@ def _dequantize(
     NESTED_BLOCKSIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Unpack bytes of two weights, the first in the upper half; nested scales are an index of their code."""
+    """Unpack bytes that hold two weights, the first in the upper half; a nested scale is an index into its code."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     inside, block = index < SIZE, index * 2 // BLOCKSIZE
@@ -89,7 +91,7 @@ def _dequantize(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute what ``elementwise.rms_norm`` does."""
+    """Compute the same as ``elementwise.rms_norm``."""
     x = x.contiguous()
     rows, width = x.shape
     normed, inverse_rms = torch.empty_like(x), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
@@ -101,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _rows_together(rows: int, block: int) -> int:
-    """Return how many rows a program takes: up to 32 as short as a head's; all programs the same number."""
+    """Return the number of rows per program, equal for all programs: up to 32 for rows as short as a head's."""
     return math.gcd(rows, min(32, 4096 // block)) if block <= 256 else 1
 
 
@@ -133,7 +135,7 @@ def _rows_of_program(ROWS: tl.constexpr) -> Any:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, grad_residual: Tensor | None = None
 ) -> Tensor:
-    """Compute what ``elementwise.rms_norm_backward`` does."""
+    """Compute the same as ``elementwise.rms_norm_backward``."""
     grad, x = grad.contiguous(), x.contiguous()
     grad_residual = None if grad_residual is None else grad_residual.contiguous()
     grad_x, (rows, width) = torch.empty_like(x), x.shape
@@ -172,7 +174,7 @@ def _rms_norm_backward(
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute what ``elementwise.swiglu`` does."""
+    """Compute the same as ``elementwise.swiglu``."""
     hidden, (rows, width) = torch.empty_like(gate), gate.shape
     _launch(_swiglu, rows * -(-width // _BLOCK), (gate, up, hidden), (width, _BLOCK))
     return hidden
@@ -187,14 +189,14 @@ def _swiglu(gate: tl.tensor, up: tl.tensor, hidden: tl.tensor, WIDTH: tl.constex
 
 @triton.jit
 def _index_in_row(WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> Any:
-    """Return the elements of a program that has a block of a row, and which of them are inside."""
+    """Return the elements that a program handles in its block of a row, and which of them are inside the row."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return (tl.program_id(0) // blocks).to(tl.int64) * WIDTH + columns, columns < WIDTH
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what ``elementwise.swiglu_backward`` does, in place: these are the largest states of a step."""
+    """Compute the same as ``elementwise.swiglu_backward``, in place, because these states are the largest of a step."""
     torch.autograd.graph.increment_version((gate, up))  # a second backward is an error
     rows, width = gate.shape
     _launch(_swiglu_backward, rows * -(-width // _BLOCK), (gate, up, grad), (width, _BLOCK))
@@ -203,7 +205,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
 @triton.jit
 def _swiglu_backward(gate: tl.tensor, up: tl.tensor, grad: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """The states overwrite ``grad``, and the gradients of gate and up these."""
+    """Overwrite ``grad`` with the hidden states, and gate and up with their gradients."""
     index, inside = _index_in_row(WIDTH, BLOCK)
     x, other = tl.load(gate + index, mask=inside).to(tl.float32), tl.load(up + index, mask=inside).to(tl.float32)
     grad_hidden, sigmoid = tl.load(grad + index, mask=inside).to(tl.float32), tl.sigmoid(x)
@@ -216,7 +218,7 @@ def _swiglu_backward(gate: tl.tensor, up: tl.tensor, grad: tl.tensor, WIDTH: tl.
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """Compute what ``elementwise.rotate`` does."""
+    """Compute the same as ``elementwise.rotate``."""
     query, key, cos, sin = query.contiguous(), key.contiguous(), cos.contiguous(), sin.contiguous()
     rotated_query, rotated_key = torch.empty_like(query), torch.empty_like(key)
     (tokens, query_heads, head_dim), key_heads = query.shape, key.shape[1]
@@ -274,7 +276,7 @@ def _rotate_heads(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Compute what ``loss.cross_entropy`` does."""
+    """Compute the same as ``loss.cross_entropy``."""
     rows, vocabulary = logits.shape
     nll, correct = logits.new_empty(rows, dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool)
     constants = vocabulary, with_gradient, _LOGITS_BLOCK
@@ -297,7 +299,7 @@ def _cross_entropy(
     target = tl.load(targets + row)
     is_token = (target >= 0) & (target < VOCABULARY)  # else the loss is NaN
     target_logit = tl.load(logits + target, mask=is_token, other=float("nan")).to(tl.float32)
-    maximum, total, prediction = float("-inf"), 0.0, 0  # of the logits so far; total is of exp(logit - maximum)
+    maximum, total, prediction = float("-inf"), 0.0, 0  # over the logits so far; total sums exp(logit - maximum)
     for start in range(0, VOCABULARY, BLOCK):
         block = tl.load(logits + start + columns, mask=start + columns < VOCABULARY, other=float("-inf")).to(tl.float32)
         block_maximum, block_prediction = tl.max(block, 0, return_indices=True)

@@ -83,7 +83,7 @@ def packed_name(name: str) -> str:
 
 
 def pack(weight: Tensor, quant_type: str, double_quant: bool) -> bnb.nn.Params4bit:
-    """Quantize ``(n_experts, rows, columns)`` one expert at a time; the result is as if bitsandbytes did all at once."""
+    """Quantize ``(n_experts, rows, columns)`` one expert at a time, with bitsandbytes' result for all at once."""
     experts = [weight] if weight.is_meta else weight
     parts = [quantize_4bit(expert.contiguous(), blocksize=_BLOCKSIZE, quant_type=quant_type) for expert in experts]
     packed, state = torch.cat([packed for packed, _ in parts]), parts[0][1]
@@ -209,8 +209,8 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
     top_k = getattr(causal_lm.config, "num_experts_per_tok", 1)
     if any(top_k not in range(1, experts.num_experts + 1) for experts in all_experts):
         raise UserError(
-            f"Base {name}: num_experts_per_tok in its config.json is {top_k}, expected a number from 1 to the number of "
-            "experts.",
+            f"Base {name}: num_experts_per_tok in its config.json is {top_k}, expected a number from 1 to the number "
+            "of experts.",
             "num_experts_per_tok",
         )
     packed = {getattr(experts, weight) for experts in all_experts for weight in weight_names(experts)}

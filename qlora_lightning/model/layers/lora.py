@@ -1,4 +1,4 @@
-"""A LoRA linear over a frozen weight: the products with weight and adapter as one autograd function."""
+"""A LoRA linear over a frozen weight: its products with weight and adapter are one autograd function."""
 # mypy: allow-untyped-calls
 
 import copy
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.layers.elementwise import has_kernel
 
-_FEW_ROWS = 64  # for so few, on a GPU, bitsandbytes chooses whether it multiplies by the packed or a dense weight
-_INT8_LIMIT = 65_280  # the largest number that bfloat16 and float16 have: it is infinite in neither
+_FEW_ROWS = 64  # up to this many, on a GPU, bitsandbytes decides whether to multiply by the packed or a dense weight
+_INT8_LIMIT = 65_280  # the largest number that both bfloat16 and float16 can hold
 
 
 class LoRALinear(NamedTuple):
     """A linear of a group.
 
     Attributes:
-        base: The frozen linear, whose weights of a sharded base are there while its layer runs.
+        base: The frozen linear. If the base is sharded, its weights are present only while its layer runs.
         scaling: Factor on the adapter's part.
         lora_B: ``(out, rank)``, in the dtype of the products; ``None`` without an adapter.
     """
@@ -35,13 +35,13 @@ class LoRALinear(NamedTuple):
 
 
 class LinearGroup(NamedTuple):
-    """Linears that share their input: their A are multiplied as one matrix.
+    """Linears that share their input; their A matrices are multiplied as one.
 
     Attributes:
-        linears: Each with its B.
+        linears: The linears, each with its B.
         ranks: The rank of each linear's adapter, 0 without one.
-        lora_A: A of all, ``(sum of ranks, in)``, in the dtype of the products; ``None`` without adapters.
-        adapters: The float32 A and B of each linear in turn, which train: inputs of the autograd functions.
+        lora_A: A of all linears, ``(sum of ranks, in)``, in the dtype of the products; ``None`` without adapters.
+        adapters: The trained float32 A and B of each linear in turn, as inputs of the autograd functions.
     """
 
     linears: tuple[LoRALinear, ...]
@@ -54,7 +54,7 @@ class LinearGroup(NamedTuple):
 
 
 def apply_A(x: Tensor, group: LinearGroup) -> Tensor | None:
-    """Compute all ``x Aᵀ`` of a group, ``(n_tokens, sum of ranks)``, from its input ``(n_tokens, in)``."""
+    """Compute all ``x Aᵀ`` of a group, ``(n_tokens, sum of ranks)``, from the input ``(n_tokens, in)``."""
     return None if group.lora_A is None else x @ group.lora_A.t()
 
 
@@ -65,13 +65,13 @@ def apply_linears(x: Tensor, xa: Tensor | None, group: LinearGroup) -> list[Tens
 
 
 def apply_linear(x: Tensor, xa: Tensor | None, linear: LoRALinear, residual: Tensor | None = None) -> Tensor:
-    """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``, ``(n_tokens, out)``; all in x's dtype.
+    """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``, ``(n_tokens, out)``, all in x's dtype.
 
-    x is ``(n_tokens, in)``, ``xa`` is ``x Aᵀ``, ``(n_tokens, rank)``; the residual is not modified.
+    x is ``(n_tokens, in)`` and ``xa`` is ``x Aᵀ``, ``(n_tokens, rank)``. The residual is not modified.
     """
     output, product = None, None
     if xa is not None and linear.lora_B is not None:
-        # The adapter's product comes first: with beta = 0 it need not read a sum.
+        # the adapter's product comes first: with beta = 0, it does not have to read a sum
         output = _product(xa, linear.lora_B.t(), linear.scaling)
     weight, bias = linear.base.weight, linear.base.bias
     if isinstance(linear.base, bnb.nn.Linear8bitLt):
@@ -85,20 +85,21 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LoRALinear, residual: Ten
         output = x @ dense.t() if output is None else output.addmm_(x, dense.t())
     if bias is not None:
         output.add_(bias.to(x.dtype))
-    # the residual comes last: its values are larger, and sums with them are rounded more coarsely
+    # the residual comes last: its values are larger, so sums with it are rounded more coarsely
     return output if residual is None else output.add_(residual)
 
 
 def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, group: LinearGroup) -> Tensor:
-    """Compute the gradient of the input that linears share, ``(n_tokens, in)``: ``Σ grad W + grad_xa A``.
+    """Compute the gradient ``Σ grad W + grad_xa A`` of the linears' shared input, ``(n_tokens, in)``.
 
-    ``grads`` are of the outputs, ``(n_tokens, out)`` each, ``grad_xa`` of all ``x Aᵀ``, ``(n_tokens, sum of ranks)``.
+    ``grads`` are those of the outputs, ``(n_tokens, out)`` each. ``grad_xa`` is that of all ``x Aᵀ``, ``(n_tokens,
+    sum of ranks)``.
     """
     grad_x = None if grad_xa is None or group.lora_A is None else grad_xa @ group.lora_A
     for grad, linear in zip(grads, group.linears, strict=True):
         weight = _dense(linear.base, grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-        del weight  # before the next one exists
+        del weight  # before the next one is allocated
     assert grad_x is not None, "there is a linear"
     return grad_x
 
@@ -121,7 +122,7 @@ def gradients_of_B(
 
 
 def gradients_of_A(grad_xa: Tensor | None, x: Tensor, group: LinearGroup) -> list[Tensor | None]:
-    """Compute the gradient of each A, ``(rank, in)``, from that of all ``x Aᵀ``."""
+    """Compute the gradient of each A, ``(rank, in)``, from the gradient of all ``x Aᵀ``."""
     if grad_xa is None:
         return [None] * len(group.linears)
     grads = master_gradient(grad_xa.t(), x).split_with_sizes(group.ranks)
@@ -129,7 +130,7 @@ def gradients_of_A(grad_xa: Tensor | None, x: Tensor, group: LinearGroup) -> lis
 
 
 def _dense(linear: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight of a frozen linear in a dtype, ``(out, in)``."""
+    """Return a frozen linear's weight ``(out, in)`` in a dtype."""
     if isinstance(linear, bnb.nn.Linear8bitLt):
         scales = linear.state.SCB.unsqueeze(1).mul(1 / 127)
         return cast(Tensor, linear.state.CB.to(dtype, copy=True).mul_(scales))
@@ -139,8 +140,8 @@ def _dense(linear: Any, dtype: torch.dtype) -> Tensor:
 
 
 def int8_product(x: Tensor, linear: Any) -> Tensor:
-    """Compute ``x Wᵀ + bias`` by bitsandbytes of an int8 linear (Dettmers et al. 2022, LLM.int8)."""
-    if not linear.state.threshold:  # else inputs above it are outliers, which are not cast to float16
+    """Compute ``x Wᵀ + bias`` of an int8 linear with bitsandbytes (Dettmers et al. 2022, LLM.int8)."""
+    if not linear.state.threshold:  # else inputs above the threshold are outliers, which are not cast to float16
         x = x.clamp(-_INT8_LIMIT, _INT8_LIMIT)
     return cast(Tensor, bnb.nn.Linear8bitLt.forward(linear, x))
 
@@ -148,7 +149,7 @@ def int8_product(x: Tensor, linear: Any) -> Tensor:
 @has_kernel
 def dequantize(packed: Tensor, quant_state: Any) -> Tensor:
     """Return the dense weight of packed bytes, ``(out, in)``."""
-    # as one row: bitsandbytes 0.50 takes wrong scales for rows of, for example, 96 weights on CPUs with AVX-512
+    # as one row: on CPUs with AVX-512, bitsandbytes 0.50 uses wrong scales for some rows, for example of 96 weights
     as_row = copy.copy(quant_state)
     as_row.shape = torch.Size((1, quant_state.shape.numel()))
     return cast(Tensor, dequantize_4bit(packed, as_row)).view(quant_state.shape)
@@ -160,7 +161,7 @@ def _product(mat1: Tensor, mat2: Tensor, scaling: float, out: Tensor | None = No
 
 
 def master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
-    """Compute ``scaling · mat1 mat2``, the gradient of a float32 A or B; a GPU sums in float32 and does not round."""
+    """Compute the gradient ``scaling · mat1 mat2`` of a float32 A or B; a GPU sums in float32 without rounding."""
     if mat1.is_cuda and mat1.dtype.itemsize == 2:
         unread = _unread(torch.float32, mat1.device)
         return torch.addmm(unread, mat1, mat2, beta=0, alpha=scaling, out_dtype=torch.float32)
@@ -169,20 +170,20 @@ def master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
 
 @functools.cache
 def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a number that a product with beta = 0 takes and does not read."""
+    """Return a number that a product with beta = 0 requires as an argument but does not read."""
     return torch.empty((), dtype=dtype, device=device)
 
 
 class LoRALinearFunction(torch.autograd.Function):
     """Compute ``y = (residual +) x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, saving only ``x`` and ``x Aᵀ`` for backward.
 
-    A and B are float32 masters, used in x's dtype (Hu et al. 2021, LoRA; Dettmers et al. 2023, QLoRA). W and bias are
-    frozen and get no gradient.
+    A and B are float32 master weights, cast to x's dtype (Hu et al. 2021, LoRA; Dettmers et al. 2023, QLoRA). W and
+    bias are frozen and get no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: LinearGroup, residual: Tensor | None, *adapters: Tensor | None) -> Tensor:
-        """Compute ``(n_tokens, out)`` from x, ``(n_tokens, in)``, by a group of one linear."""
+        """Compute ``(n_tokens, out)`` from x, ``(n_tokens, in)``, for a group of one linear."""
         xa = apply_A(x, group)
         ctx.save_for_backward(None if xa is None else x, xa)
         ctx.group = group
@@ -202,20 +203,21 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 class Fused(nn.Module):
-    """A library's layer with our fused forward before its own.
+    """A library's layer with our fused forward in front of its own.
 
     Attributes:
-        fallback_reason: Why it runs as the library wrote it; ``None`` if it runs fused. See
+        fallback_reason: Why the layer runs as the library wrote it; ``None`` if it runs fused. See
             :func:`~qlora_lightning.model.layers.select.choose_layers`.
     """
 
-    fallback_reason: str | None = "it was not chosen yet"
+    fallback_reason: str | None = "it has not been chosen yet"
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Self:
-        """Build one that shares all submodules and parameters of a layer, under the same names.
+        """Build a fused layer that shares all submodules and parameters of a layer, under the same names.
 
-        Its class is a subclass of the layer's, of the same name: transformers and PEFT find their layers by these.
+        Its class is a subclass of the layer's class with the same name, because transformers and PEFT find their layers
+        by class and name.
         """
         classes: tuple[Any, Any] = cls, type(layer)
         fused = object.__new__(_fused_class(*classes))
@@ -223,7 +225,7 @@ class Fused(nn.Module):
         return cast(Self, fused)
 
     def to_layer(self) -> nn.Module:
-        """Build the library's layer again, which shares all of this one: the inverse of :meth:`from_layer`."""
+        """Build the library's layer again, sharing everything with this one: the inverse of :meth:`from_layer`."""
         _, layer_class = type(self).__bases__
         layer: nn.Module = object.__new__(layer_class)
         vars(layer).update({name: value for name, value in vars(self).items() if name != "fallback_reason"})
@@ -236,17 +238,17 @@ def _fused_class(fused: Any, layer_class: Any) -> Any:
 
 
 class FusedLoRA(Fused):
-    """PEFT's LoRA over a frozen linear, dense or in 4 or 8 bits; saving, merging and switching adapters stay PEFT's."""
+    """PEFT's LoRA over a frozen linear, dense or in 4 or 8 bits; PEFT still saves, merges and switches adapters."""
 
     active_adapters: list[str]
 
     def computes_fused(self) -> bool:
-        """Whether the fused forward gives the layer's current output: PEFT may switch adapters at any time."""
+        """Whether the fused forward gives the layer's current output; PEFT may switch adapters at any time."""
         is_plain_sum = self.disable_adapters or len(self.active_adapters) == 1
         return self.fallback_reason is None and not self.merged and bool(is_plain_sum)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(…, in)`` to ``(…, out)``; all but plain LoRA takes PEFT's own forward."""
+        """Map ``(…, in)`` to ``(…, out)``; anything but plain LoRA runs PEFT's own forward."""
         if args or kwargs or self.disable_adapters or not self.computes_fused():
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
@@ -264,9 +266,9 @@ class FusedLoRA(Fused):
 
 
 class _Int8Product(torch.autograd.Function):
-    """Compute :func:`int8_product` of a frozen weight, and keep nothing for backward.
+    """Compute :func:`int8_product` for a frozen weight, and keep nothing for backward.
 
-    bitsandbytes keeps the input where activation checkpointing does not see it, and reads it for a weight that trains.
+    bitsandbytes keeps the input, which only a trained weight needs, out of sight of activation checkpointing.
     """
 
     @staticmethod
@@ -281,7 +283,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 class FusedInt8Linear(Fused):
-    """A frozen int8 linear of bitsandbytes, which keeps no input for backward."""
+    """A frozen int8 linear of bitsandbytes that keeps no input for backward."""
 
     fallback_reason = None
 
@@ -295,9 +297,9 @@ class FusedInt8Linear(Fused):
 
 
 def linear_group(layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]]) -> LinearGroup:
-    """Return linears that share their input, with room for their adapters in a dtype.
+    """Group linears that share their input, and allocate their adapters in a dtype.
 
-    ``copies`` gets pairs for :func:`copy_all`: what an A or B is cast into, and the A or B.
+    Adds a pair to ``copies`` for each A and B, for :func:`copy_all`: the tensor to cast into, and the A or B itself.
     """
     adapters = [active_lora(layer) for layer in layers]
     ranks = [0 if lora_A is None else lora_A.shape[0] for lora_A, _ in adapters]
@@ -318,7 +320,7 @@ def linear_group(layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[T
 
 @torch.no_grad()
 def copy_all(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair into the first, on a GPU in few launches."""
+    """Copy the second tensor of each pair into the first; on a GPU, this is a few launches."""
     if copies:
         targets, sources = zip(*copies, strict=True)
         torch._foreach_copy_(targets, sources)
@@ -338,7 +340,7 @@ def base_linear(layer: nn.Module) -> Any:
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
-    """Return the dtype of a linear's products; ``None`` if it is that of the input."""
+    """Return the dtype of a linear's products; ``None`` if it follows the input."""
     base = base_linear(layer)
     if isinstance(base, bnb.nn.Linear8bitLt):
         return None

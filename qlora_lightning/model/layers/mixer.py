@@ -1,10 +1,11 @@
-"""Layers with a state in packed batches: convolutions and scans, which run through a row from its first token on.
+"""Stateful layers in packed batches: convolutions and scans, which run through a row from its first token.
 
-Such a mixer is found by structure: it is the module of a decoder layer that has a convolution over time inside, unlike
-attention, MLP, experts and norms. Everything else sees the packed stream. The mixer alone gets samples of similar
-lengths side by side, padded on the right: it is causal, so what is behind a sample changes nothing in it. If kernels
-that transformers looks for are installed on a GPU, samples stay one after the other, and the kernels get their bounds.
-Outside of :func:`~qlora_lightning.model.layers.attention.packed_pass`, as in ``generate``, it is transformers' own.
+Such a mixer is found by its structure. It is the module of a decoder layer that contains a convolution over time,
+unlike attention, MLP, experts and norms. Everything else sees the packed stream. Only the mixer gets samples of similar
+lengths as a batch, padded on the right. A mixer is causal, so padding after a sample does not change the sample. If the
+kernels that transformers looks for are installed on a GPU, samples stay in the stream and the kernels get their bounds.
+Outside :func:`~qlora_lightning.model.layers.attention.packed_pass`, such as in ``generate``, transformers' own mixer
+runs.
 """
 # mypy: allow-untyped-calls
 
@@ -19,14 +20,15 @@ from qlora_lightning.model.layers.lora import Fused
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, linear_sizes
 from qlora_lightning.model.step.layout import SequenceBounds
 
-# What mixers of a type hand on to kernels that keep samples apart: of flash-linear-attention, and of causal-conv1d. All
-# others drop them, or need kernels that read weights past their adapters (mamba-ssm).
+# Types whose mixers pass the bounds of samples on to kernels that keep samples apart: those of flash-linear-attention,
+# and those of causal-conv1d. All other types drop the bounds, or need kernels that read weights without their adapters
+# (mamba-ssm).
 _DELTA_RULE = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
 _CONVOLUTION = ("lfm2", "lfm2_moe")
 
 
 def pack_mixers(causal_lm: Any) -> None:
-    """Let the mixers of a model take packed batches. They keep their names and parts."""
+    """Let a model's mixers accept packed batches; they keep their names and submodules."""
     for layer in decoder_layers(causal_lm):
         for name, module in layer.named_children():
             if not isinstance(module, PackedMixer) and any(isinstance(each, nn.Conv1d) for each in module.modules()):
@@ -36,15 +38,15 @@ def pack_mixers(causal_lm: Any) -> None:
 
 
 def changes_by_padding(causal_lm: Any) -> bool:
-    """Whether tokens of padding before a prompt, whose states are zeros, reach a mixer's state: through a bias."""
+    """Whether padding in front of a prompt changes a mixer's state: its states are zeros, but a bias alters them."""
     mixers = (module for module in causal_lm.modules() if isinstance(module, PackedMixer))
     linears = (module for mixer in mixers for module in mixer.modules() if isinstance(module, LINEARS))
-    width = causal_lm.config.hidden_size  # of what comes in; a bias behind the convolution meets a state of zeros
+    width = causal_lm.config.hidden_size  # of the inputs; a bias after the convolution meets a state of zeros
     return any(linear.bias is not None and linear_sizes(linear)[0] == width for linear in linears)
 
 
 def has_kernels(device: torch.device, delta_rule: bool) -> bool:
-    """Whether kernels for the convolution, and if asked for the delta rule, are installed and run on a device."""
+    """Whether a device has kernels for the convolution and, if ``delta_rule`` is set, for the delta rule."""
     return (
         device.type == "cuda"
         and is_causal_conv1d_available()
@@ -53,17 +55,17 @@ def has_kernels(device: torch.device, delta_rule: bool) -> bool:
 
 
 class PackedMixer(Fused):
-    """A mixer of transformers that computes each sample of a packed batch by itself.
+    """A transformers mixer that computes each sample of a packed batch separately.
 
-    This is in ``__call__`` and not in ``forward``, so that hooks, or a ``forward`` that accelerate or others have set
-    on the module, see rows too.
+    It overrides ``__call__`` and not ``forward``, so that hooks see rows too. The same goes for a ``forward`` that
+    accelerate or another library has set on the module.
     """
 
     fallback_reason = None
     model_type: str
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(1, n_tokens, width)`` to the same; masks, positions and caches are those of whole rows: none."""
+        """Map ``(1, n_tokens, width)`` to the same shape; complete rows need no mask, positions or cache."""
         batch = current_pass.get()
         if batch is None:
             return cast(Tensor, super().__call__(hidden_states, *args, **kwargs))
@@ -83,7 +85,7 @@ class PackedMixer(Fused):
         return (output if groups.is_stream else output.index_select(0, groups.expanded.first_expanded)).unsqueeze(0)
 
     def _kernel_bounds(self, hidden_states: Tensor, sequences: SequenceBounds) -> dict[str, Tensor] | None:
-        """Return what tells the kernels of this mixer where samples are; ``None`` if they are not installed."""
+        """Return the bounds of samples as this mixer's kernels expect them; ``None`` if these are not installed."""
         is_delta_rule = self.model_type in _DELTA_RULE
         if not is_delta_rule and self.model_type not in _CONVOLUTION:
             return None

@@ -1,4 +1,4 @@
-"""Choose which layers run fused: those whose submodules, which a fused forward does not call, are unmodified."""
+"""Choose which layers run fused: those with unmodified submodules, since a fused forward does not call them."""
 # mypy: allow-untyped-calls
 
 import contextlib
@@ -24,18 +24,18 @@ from qlora_lightning.model.layers.lora import Fused, FusedInt8Linear, FusedLoRA,
 from qlora_lightning.model.layers.mixer import PackedMixer, pack_mixers
 from qlora_lightning.model.model_types import EAGER_TYPES, causal_lm_of, decoder_layers, runs_packed
 
-FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
+FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute the same as fused ones
 _PACKED_ATTENTION = "qlora_packed"
 _NONSTANDARD = "their parts are hooked, replaced or trained"
 _OWN_ADAPTERS = "build_model returned adapters of its own (if it returns the base alone, the settings' run fused)"
 
 
 class Fusion(NamedTuple):
-    """Why modules of a model do not run fused, by name; ``None`` for those that do.
+    """Why a model's modules do not run fused, by name; ``None`` for those that do.
 
     Attributes:
-        layers: Decoder layers; those with a reason run as transformers wrote them.
-        linears: LoRA linears; those with a reason run as PEFT wrote them.
+        layers: Decoder layers. Those with a reason run as transformers wrote them.
+        linears: LoRA linears. Those with a reason run as PEFT wrote them.
     """
 
     layers: dict[str, str | None]
@@ -43,7 +43,7 @@ class Fusion(NamedTuple):
 
 
 def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
-    """Replace layers and last norm of transformers, LoRA linears of PEFT and int8 linears; choose which run fused."""
+    """Replace transformers' layers and last norm, PEFT's LoRA linears and int8 linears, and choose which run fused."""
     modeling = _modeling_of(model)
     causal_lm = causal_lm_of(model)
     layers = {*decoder_layers(causal_lm)}
@@ -60,16 +60,16 @@ def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
 
 
 def distrust(model: nn.Module) -> Fusion:
-    """Put the layers of transformers and PEFT back, with their adapters: the model is as without ``fuse_layers``."""
+    """Put the layers of transformers and PEFT back, with their adapters, as if ``fuse_layers`` had not run."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Fused) and not isinstance(module, FusedExperts | PackedMixer):  # which have no other form
+        if isinstance(module, Fused) and not isinstance(module, FusedExperts | PackedMixer):  # these have no other form
             model.set_submodule(name, module.to_layer())
     return choose_layers(model)
 
 
 @contextlib.contextmanager
 def library_layers(module: nn.Module) -> Iterator[None]:
-    """Let the linears inside a module run as PEFT and bitsandbytes wrote them, for a while."""
+    """Run a module's linears as PEFT and bitsandbytes wrote them inside this context."""
     linears = [each for each in module.modules() if isinstance(each, FusedLoRA | FusedInt8Linear)]
     reasons = [linear.fallback_reason for linear in linears]
     try:
@@ -88,10 +88,10 @@ def _modeling_of(model: Any) -> str | None:
 
 
 def choose_layers(model: Any) -> Fusion:
-    """Choose a model's attention, and whether each layer runs fused: its submodules may have been changed."""
+    """Choose a model's attention, and which layers run fused, since their submodules may have been changed."""
     causal_lm = causal_lm_of(model)
     if (name := attention_of(causal_lm.config)) is not None:
-        model.set_attn_implementation(name)  # whoever has set another one
+        model.set_attn_implementation(name)  # even if something else has set another one
     if runs_packed(causal_lm.config):
         pack_mixers(causal_lm)
     _set_recompute_contexts(causal_lm)
@@ -110,12 +110,12 @@ def choose_layers(model: Any) -> Fusion:
 
 
 class Precision(NamedTuple):
-    """In which dtype a model computes products, and where autocast must see to it.
+    """The dtype in which a model computes products, and where it needs autocast for that.
 
     Attributes:
         dtype: The dtype of the products.
-        autocasts_layers: Whether layers of PEFT or transformers have float32 parameters, which they do not cast.
-        autocasts_whole: Whether autocast is on in transformers' own forward, which calls embedding and head too.
+        autocasts_layers: Whether layers of PEFT or transformers have float32 parameters that they do not cast.
+        autocasts_whole: Whether autocast is on in transformers' own forward, which also calls embedding and head.
     """
 
     dtype: torch.dtype = torch.float32
@@ -123,13 +123,13 @@ class Precision(NamedTuple):
     autocasts_whole: bool = False
 
     def autocast(self, device: torch.device, whole: bool) -> torch.autocast:
-        """Return the context of a forward up to the last states, or of a ``whole`` one."""
+        """Return the context for a forward up to the last hidden states, or for a ``whole`` forward."""
         enabled = self.autocasts_whole if whole else self.autocasts_layers
         return torch.autocast(device.type, self.dtype if enabled else None, enabled=enabled)
 
 
 def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Precision:
-    """Choose where autocast is on while a model computes in a dtype."""
+    """Choose where to turn on autocast so that a model computes in a dtype."""
     is_packed = runs_packed(causal_lm.config)
     ends = {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()} - {None}
     cast_params = {param for module in ends for param in module.parameters()}  # packed batches cast embedding and head
@@ -147,7 +147,7 @@ def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Prec
 
 
 def _set_recompute_contexts(causal_lm: Any) -> None:
-    """Make layers that were checkpointed elsewhere non-reentrant, and recompute them with their packed batch."""
+    """Make layers that were checkpointed by others non-reentrant, so that they recompute with their packed batch."""
     for module in causal_lm.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public getter
         if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
@@ -156,9 +156,9 @@ def _set_recompute_contexts(causal_lm: Any) -> None:
 
 
 def attention_of(config: Any) -> str | None:
-    """Return the ``attn_implementation`` of a model: ours in packed batches; ``None`` leaves it to transformers."""
+    """Return a model's ``attn_implementation``: ours for packed batches; ``None`` leaves it to transformers."""
     if runs_packed(config):
-        # transformers' public extension point: the model keeps its own code, and calls our function by its name
+        # transformers' public extension point: the model keeps its own code and calls our function by name
         AttentionInterface.register(_PACKED_ATTENTION, packed_attention)
         AttentionMaskInterface.register(_PACKED_ATTENTION, sdpa_mask)
         return _PACKED_ATTENTION
@@ -193,7 +193,7 @@ def _fallback_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
     if reason := next(filter(None, map(_fallback_reason_of_linear, linears)), None):
         return reason
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
-        return f"the base is in {layer.compute_dtype}, and computes in another dtype"
+        return f"the base is in {layer.compute_dtype} but computes in another dtype"
     return None
 
 

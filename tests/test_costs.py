@@ -119,7 +119,7 @@ COSTLY = [  # a command, words of its message, and what makes its file
         TIME,
     ),
     (f"{INSPECT} rows.jsonl", template("{% set x = 'a' * 6000000000 %}"), "the chat template of", MEMORY),
-    ("chat --adapter adapter --prompt Hi", pattern, "adapter_config.json is no config of a LoRA adapter", TIME),
+    ("chat --adapter adapter --prompt Hi", pattern, "adapter_config.json is not the config of a LoRA adapter", TIME),
     ("evaluate --adapter run/adapter", aliases, "run/config.yaml cannot be read", TIME),
     (
         "fit --model.base base --data.train rows.jsonl --ckpt_path a.ckpt",

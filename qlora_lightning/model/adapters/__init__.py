@@ -1,1 +1,1 @@
-"""LoRA on a base: which modules carry it, with which options, and the folder that it is written to and read from."""
+"""LoRA on a base: the modules that carry it, its options, and the adapter folder that stores it."""

@@ -1,4 +1,4 @@
-"""The adapter folder: written whole or not at all, read, and its tensors put on a base."""
+"""Write the adapter folder completely or not at all, read it, and put its tensors on a base."""
 
 import contextlib
 import filecmp
@@ -47,7 +47,7 @@ _CARD = """---
 
 # LoRA adapter for {base}
 
-Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, with
+Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, using
 this folder's path or hub id in place of the dot:
 
 ```python
@@ -55,18 +55,18 @@ this folder's path or hub id in place of the dot:
 ```
 {note}"""
 _EXTRA_NOTE = """
-`extra.safetensors` has {names}: what was trained beside the adapter. PEFT does not read it; a module of the same class
-does, by `adapter: FOLDER`.
+`extra.safetensors` contains {names}, trained along with the adapter. PEFT does not read it. A module of the same class
+reads it with `adapter: FOLDER`.
 """
 _EXPERTS_NOTE = """
-The experts of this mixture were in {quantization} in training. These lines load them in 16 bits, as bitsandbytes does:
-that takes their full memory, and answers differ a little.
+The experts of this mixture were in {quantization} during training. These lines load them in 16 bits, as bitsandbytes
+does. Loading them requires their full memory, and the generated text differs slightly.
 """
 _STORED_NOTE = """
-The base is published in {stored_as}, and was dequantized and held as {quantization} in training. These lines load it in
-16 bits: transformers does not quantize it again, and answers differ a little.
+The base is published in {stored_as}, and was dequantized and held as {quantization} during training. These lines load
+it in 16 bits, because transformers does not quantize it again. The generated text differs slightly.
 """
-# transformers' configs that load in 16 bits what is published in fewer
+# transformers' configs that load bases published in fewer bits as 16 bits
 _DEQUANTIZERS = {"fp8": "FineGrainedFP8Config", "compressed-tensors": "CompressedTensorsConfig", "mxfp4": "Mxfp4Config"}
 
 
@@ -81,16 +81,17 @@ def save_adapter_folder(
     stop_ids: Sequence[int] = (),
     extra: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and a card.
+    """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and card.
 
-    All files are written to a subfolder and then moved, the weights last. If only the weights differ, as between two
-    saves of a run, a kill leaves one adapter or the other. Else the old weights are deleted first, and a kill leaves a
-    folder without weights, which every reader rejects.
+    All files are written to a subfolder and then moved, the weights last. Between two saves of a run, only the weights
+    differ. A kill then leaves one adapter or the other. If anything else differs, the old weights are deleted first. A
+    kill then leaves a folder without weights, which every reader rejects.
 
-    The folder may hold an earlier adapter, and files of the user, which stay: ``files.replacing_folder`` would remove
-    them. A tokenizer, which may be ``None``, is saved with its chat template and a ``generation_config.json``. The
-    identity becomes ``qlora_lightning.json``. ``stop_ids`` end generation beside the tokenizer's end and the base's
-    own. ``extra`` are tensors beside the adapter, see :func:`~qlora_lightning.model.adapters.inject.own_tensors`.
+    The folder may contain an earlier adapter and the user's own files. These files stay, so this function does not use
+    ``files.replacing_folder``, which would remove them. The tokenizer is saved with its chat template and a
+    ``generation_config.json``; it may be ``None``. The identity is saved as ``qlora_lightning.json``. Generation stops
+    at ``stop_ids`` in addition to the stop tokens of the tokenizer and the base. ``extra`` holds tensors that are not
+    part of the adapter; see :func:`~qlora_lightning.model.adapters.inject.own_tensors`.
     """
     staging = folder / ".writing"
     shutil.rmtree(staging, ignore_errors=True)
@@ -101,12 +102,12 @@ def save_adapter_folder(
             tokenizer.save_pretrained(staging)
         files.write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = config_in_folder(model)
-    config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
+    config.inference_mode = True  # like PEFT: load for inference unless asked to train
     config.save_pretrained(staging)
     card = _describe(identity, config.task_type, model, extra or {})
     (staging / files.CARD).write_text(card, encoding="utf-8")
     files.write_whole(staging / files.IDENTITY, {"format_version": files.FORMAT_VERSION, **identity})
-    # copies: tied tensors share memory, which the format rejects
+    # clone: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter)
     weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors.items()}
     copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in (extra or {}).items()}
@@ -116,27 +117,27 @@ def save_adapter_folder(
                 save_file(content, staging / name, {"format": "pt"})
             files.set_usual_mode(staging / name)
     names = {file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()}
-    compared = names - {_WEIGHTS, files.CARD}  # the card of the adapter before may have its evaluation
+    compared = names - {_WEIGHTS, files.CARD}  # the earlier adapter's card may include its evaluation
     _, changed, missing = filecmp.cmpfiles(staging, folder, compared, shallow=False)
     if changed or missing:
         (folder / _WEIGHTS).unlink(missing_ok=True)
-    if tokenizer is not None and "chat_template.jinja" not in names:  # of an earlier adapter
+    if tokenizer is not None and "chat_template.jinja" not in names:  # left by an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     if not extra:
         (folder / files.EXTRA).unlink(missing_ok=True)
     for name in [*sorted(compared), files.CARD, _WEIGHTS]:
-        (folder / name).parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
+        (folder / name).parent.mkdir(exist_ok=True)  # several chat templates get their own folder
         files.put_in_place(staging / name, folder / name)
     shutil.rmtree(staging)
     files.flush(folder.parent)
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module, extra: Mapping[str, Tensor]) -> str:
-    """Return the adapter's card: metadata as the hub reads it, and how plain PEFT loads the folder."""
+    """Return the adapter's card: metadata for the hub, and code that loads the folder with plain PEFT."""
     is_causal = task_type in (None, peft.TaskType.CAUSAL_LM)
     snippet = _loading_snippet(identity) if is_causal else f"# by PEFT's class for the task {task_type}"
     metadata = ModelCardData(
-        base_model=identity["base"] if identity.get("revision") else None,  # only bases of the hub have a revision
+        base_model=identity["base"] if identity.get("revision") else None,  # only bases from the hub have a revision
         datasets=identity.get("data", {}).get("datasets") or None,
         library_name="peft",
         license=identity.get("license"),
@@ -151,10 +152,11 @@ def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Modu
 
 
 def _loading_snippet(identity: Mapping[str, Any]) -> str:
-    """Return three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
+    """Return three lines of Python that load the adapter with plain PEFT onto the base, in its form during training.
 
-    They name no path, so that the folder can be moved and uploaded as it is. PEFT takes the generation config from the
-    base, which may lack a stop token of the adapter's chat template: the second line passes the folder's.
+    The lines contain no path, so the folder can be moved and uploaded without changes. PEFT takes the generation config
+    from the base, which may lack a stop token of the adapter's chat template. The second line therefore passes the
+    folder's generation config.
     """
     dtype, settings = identity.get("compute_dtype", "bfloat16"), "load_in_8bit=True"
     if identity["quantization"] in ("nf4", "fp4"):
@@ -168,7 +170,7 @@ def _loading_snippet(identity: Mapping[str, Any]) -> str:
         options += f", quantization_config=BitsAndBytesConfig({settings})"
     imports, classes = "AutoPeftModelForCausalLM", ""
     load = f'AutoPeftModelForCausalLM.from_pretrained(".", {options})'
-    if identity.get("wrapper"):  # PEFT's own class would load the text alone, in which names are others
+    if identity.get("wrapper"):  # PEFT's own class would load only the text model, whose names differ
         imports, classes = "PeftConfig, PeftModel", "AutoModelForMultimodalLM, "
         base = 'PeftConfig.from_pretrained(".").base_model_name_or_path'
         load = f'PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), ".")'
@@ -181,11 +183,11 @@ def _loading_snippet(identity: Mapping[str, Any]) -> str:
 
 
 def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Return the base's generation config, with every token at which generation stops."""
+    """Return the base's generation config, with every token that stops generation."""
     base = getattr(model.get_base_model(), "generation_config", None)
     settings: dict[str, Any] = {} if base is None else json.loads(base.to_json_string(ignore_metadata=True))
     eos = settings.get("eos_token_id")
-    # the tokenizer's comes first: with a chosen template it is the token that ends an assistant turn
+    # the tokenizer's token comes first: with a chosen chat template, it ends an assistant turn
     stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *(eos if isinstance(eos, list) else [eos])])
     stops.pop(None, None)
     tokens = {"eos_token_id": [*stops], "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -196,21 +198,21 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
 
 
 def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
-    """Read PEFT's config of an adapter folder, to train it on a base with this config of transformers.
+    """Read PEFT's config from an adapter folder, for training on a base with the transformers config ``base_config``.
 
-    Which modules carry the adapter, the names of its tensors tell: in the config that may be an expression.
+    The names of the tensors tell which modules carry the adapter. The config may only have a regular expression.
     """
     stored = read_adapter_config(folder)
     settings: dict[str, Any] = {name: stored[name] for name in LORA_KEYS if stored.get(name) is not None}
     if str(init := settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(
-            f"The adapter folder {folder} began by {init}, for which PEFT changes the base's weights: it belongs to a "
-            "base that is not the one it names.",
+            f"The adapter folder {folder} was initialized with {init}, for which PEFT changes the base's weights: it "
+            "belongs to a different base than the one it names.",
             "init_lora_weights",
         )
     if init not in (True, False, "gaussian"):
-        settings.pop("init_lora_weights", None)  # orthogonal, of an even rank alone: the values are there anyway
-    message = f"{folder / 'adapter_config.json'} is no config of a LoRA adapter"
+        settings.pop("init_lora_weights", None)  # orthogonal requires an even rank; the folder has the values anyway
+    message = f"{folder / 'adapter_config.json'} is not the config of a LoRA adapter"
     keys = tensor_names(folder / _WEIGHTS)
     with bounded(message, "adapter_config.json", explains=True):
         settings = settings_here(settings, keys, base_config)
@@ -219,18 +221,19 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
 
 
 def settings_of_folder(folder: Path, base: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a module, from ``rank`` to ``lora_options``, that describe the adapter of a folder.
+    """Return the module settings, from ``rank`` to ``lora_options``, that describe a folder's adapter.
 
-    A setting of the user's that describes it is returned as it is: ``all-linear``, or a list of these modules.
+    If the user's setting describes the adapter, it is returned unchanged, such as ``all-linear`` or a list of these
+    modules.
 
     Args:
         folder: The adapter folder.
-        base: The base without adapters, on any device; ``None`` if it is unknown before it is loaded. Then
+        base: The base without adapters, on any device. If it is ``None``, because it is unknown until it is loaded,
             ``target_modules`` and ``layers`` are not compared.
-        settings: Those of the module.
+        settings: The settings of the module.
 
     Raises:
-        UserError: A setting that is not left at its default is not the folder's.
+        UserError: If a setting is not at its default and differs from the folder's.
     """
     config = read_lora_config(folder, None if base is None else base.config)
     defaults = {name: each.default for name, each in inspect.signature(new_lora_config).parameters.items()}
@@ -255,8 +258,8 @@ def settings_of_folder(folder: Path, base: Any, settings: Mapping[str, Any]) -> 
     for name, value in settings.items():
         if value not in (defaults[name], trained[name]):
             raise UserError(
-                f"model.{name} is {value!r}, and the adapter folder {folder} that model.adapter trains further has "
-                f"{trained[name]!r}: leave model.{name} out, or leave model.adapter out for a new adapter.",
+                f"model.{name} is {value!r}, but the adapter folder {folder} in model.adapter, which is trained "
+                f"further, has {trained[name]!r}: leave out model.{name}, or leave out model.adapter for a new adapter.",
                 f"model.{name}",
             )
     return trained
@@ -265,7 +268,7 @@ def settings_of_folder(folder: Path, base: Any, settings: Mapping[str, Any]) -> 
 def _describe_targets(
     base: Any, targets: set[str], target_modules: str | list[str], layers: str | list[int]
 ) -> tuple[str | list[str], str | list[int]]:
-    """Return ``target_modules`` and ``layers`` that choose these modules, if possible as they are."""
+    """Return ``target_modules`` and ``layers`` that choose the modules ``targets``, unchanged if possible."""
     full_names = sorted(targets) if base is None else [name for name, _ in base.named_modules() if name in targets]
     last_names = list(dict.fromkeys(name.rpartition(".")[2] for name in full_names))
     indices = sorted({layer for name in targets if (layer := layer_of(name)) is not None})
@@ -274,12 +277,12 @@ def _describe_targets(
     for modules, chosen_layers in itertools.product((target_modules, last_names), (layers, "all", indices)):
         with contextlib.suppress(UserError):
             if set(resolve_targets(base, modules, chosen_layers)) == targets:
-                return modules, chosen_layers  # the user's, if they do
+                return modules, chosen_layers  # the user's, if they choose the same modules
     return full_names, "all"
 
 
 def _effect_of(options: Mapping[str, Any], base: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return what options of ``peft.LoraConfig`` do to an adapter of a folder, on these modules, in one form."""
+    """Return the effect of ``peft.LoraConfig`` options on the modules ``names`` of a folder's adapter, normalized."""
     effect = {name: value for name, value in options.items() if value and name != "init_lora_weights"}
     for key in {"rank_pattern", "alpha_pattern"} & effect.keys():
         effect[key] = by_full_names(effect[key], names)
@@ -289,13 +292,13 @@ def _effect_of(options: Mapping[str, Any], base: Any, names: Sequence[str]) -> d
 
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
-    """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
+    """Set a model's adapter to a folder's tensors; each must be finite and fit one of the model's."""
     tensors, stored = _tensors_by_key(model, name), load_file(folder / _WEIGHTS)
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
             raise UserError(
-                f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.",
+                f"{folder} is damaged or its training diverged: {key} has values that are NaN or infinite.",
                 "adapter.nan",
             )
     with torch.no_grad():
@@ -307,34 +310,34 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
 
 
 def fill_own_tensors(module: nn.Module, folder: Path, filled: Collection[str], is_last: bool) -> set[str]:
-    """Set what a subclass has beside its model, but what is ``filled``, to what an adapter folder has of it.
+    """Set a subclass's tensors outside its model from an adapter folder, except those already ``filled``.
 
-    The ``is_last`` time a line says so if only one of them has any.
+    On the last call (``is_last``), a line is printed if only the subclass or only the folder has such tensors.
 
     Returns:
-        The names of what was set.
+        The names of the tensors that were set.
 
     Raises:
-        UserError: Both have some, which differ in names or shapes.
+        UserError: If both have tensors and these differ in names or shapes.
     """
     file, kind = folder / files.EXTRA, type(module).__name__
     tensors = {name: tensor for name, tensor in own_tensors(module).items() if name not in filled}
     stored = load_file(file) if file.is_file() else {}
     stored = {name: tensor for name, tensor in stored.items() if name not in filled}
-    if not is_last:  # an override may add the rest
+    if not is_last:  # an override may fill the rest
         tensors = {name: tensor for name, tensor in tensors.items() if name in stored}
         stored = {name: tensor for name, tensor in stored.items() if name in tensors}
     if not tensors or not stored:
         if tensors:
-            say_once(f"{', '.join(tensors)} of {kind} begin anew: {folder} has an adapter without them.")
+            say_once(f"{', '.join(tensors)} of {kind} start from scratch: the adapter in {folder} lacks them.")
         if stored:
-            say_once(f"{file} has {', '.join(stored)}, for which {kind} has no place: they are left out.")
+            say_once(f"{file} has {', '.join(stored)}, which {kind} does not have: they are ignored.")
         return set()
     here, there = ({name: tuple(each.shape) for name, each in both.items()} for both in (tensors, stored))
     if here != there:
         raise UserError(
-            f"{file} has {_format_shapes(there)}, and {kind} has {_format_shapes(here)} beside its model: use the "
-            "class that saved it, or delete the file to let them begin anew.",
+            f"{file} has {_format_shapes(there)}, but {kind} has {_format_shapes(here)} outside its model: use the "
+            "class that saved it, or delete the file to start these from scratch.",
             "adapter.extra",
         )
     with torch.no_grad():
@@ -350,11 +353,11 @@ def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def add_named_adapter(
     model: peft.PeftModel, name: str, folder: Path, identity: Mapping[str, Any], fast: bool = True
 ) -> None:
-    """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
+    """Add a folder's adapter to those that a model has; ``model.set_adapter(name)`` then switches to it.
 
     ``identity`` is the model's.
     """
-    # its shape may differ from that of the model's first adapter
+    # the shape of the adapter may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     config = read_lora_config(folder, model.config)
     inject(model, config, str(folder), name)
@@ -363,41 +366,41 @@ def add_named_adapter(
 
 
 def check_trainable(module: nn.Module, model: nn.Module) -> None:
-    """Reject a module that trains nothing, more than the adapter folder of its model holds, or not in float32."""
+    """Reject a module that trains nothing, trains more than its adapter folder holds, or does not train in float32."""
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
         raise UserError(
-            "The adapter is merged into the frozen base, as by merge_adapter(): nothing would train, and the base is "
-            "another one. Make the module again, and merge what it has saved by `qlora-lightning merge`.",
+            "The adapter is merged into the frozen base, for example by merge_adapter(): nothing would train, and the "
+            "base has changed. Create the module again, and merge its saved adapter with `qlora-lightning merge`.",
             "adapter.merged",
         )
     trainable = trainable_tensors(module)
     if not trainable or not isinstance(model, peft.PeftModel):
         raise UserError(
-            "No adapter trains: it is frozen or switched off, or it was taken out, as by merge_and_unload(). Make the "
-            "module again, or let the adapter's tensors require gradients.",
+            "No adapter trains: it is frozen, switched off, or was removed, for example by merge_and_unload(). Create "
+            "the module again, or let the adapter's tensors require gradients.",
             "adapter.missing",
         )
     saved = {id(tensor) for tensor in _tensors_by_key(model, model.active_adapter).values()}
     if left_out := [name for name, tensor in trainable_tensors(model).items() if id(tensor) not in saved]:
         raise UserError(
-            f"{len(left_out)} tensors of the base train, as {left_out[0]}, and PEFT leaves them out of the adapter "
-            "folder: freeze them, name their modules in modules_to_save, or, if they are a head of your own, make it "
-            "beside the model, as in `__init__`.",
+            f"{len(left_out)} tensors of the base train, such as {left_out[0]}, but PEFT leaves them out of the "
+            "adapter folder: freeze them, or name their modules in modules_to_save. If they are your own head, create "
+            "it outside the model, for example in `__init__`.",
             "adapter.left_out",
         )
     check_dtypes(trainable)
 
 
 def check_dtypes(trainable: Mapping[str, Tensor]) -> None:
-    """Reject what trains in another dtype than float32, in which small updates would be lost."""
+    """Reject tensors that train in a dtype other than float32, because small updates would be lost."""
     for name, tensor in trainable.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise UserError(f"{name} would train in {tensor.dtype}. {KEEPS_DTYPES}", "adapter.dtype")
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter by the keys that they have in a file: PEFT's, without the adapter's name."""
-    # the explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub
+    """Return an adapter's tensors by their keys in a file, which are PEFT's keys without the adapter's name."""
+    # the explicit state dict keeps PEFT from walking the quantized base; the flag keeps it from asking the hub
     tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, adapter_tensors(model, adapter), adapter_name=adapter, save_embedding_layers=False
     )

@@ -96,7 +96,7 @@ def test_what_a_subclass_trains_beside_the_adapter_is_saved_with_it_and_trained_
     assert {"target.weight", "late.weight"} < again.state_dict().keys()
     assert "last" not in again.state_dict()
     assert "extra.safetensors" in (folder / "adapter" / "README.md").read_text()
-    assert "begin anew" not in capsys.readouterr().out
+    assert "start from scratch" not in capsys.readouterr().out
 
 
 def test_a_run_is_opened_again_by_its_folder_and_trains_further(run_with_a_head, tiny_base, rows_file, tmp_path):
@@ -124,7 +124,7 @@ def test_a_head_without_a_place_or_a_start_is_told_and_one_of_another_shape_reje
     assert "value_head.weight" in capsys.readouterr().out
     make_adapter(tmp_path / "plain", tiny_base, quantization="nf4")
     Regression.from_run(tmp_path / "plain")
-    assert "begin anew" in capsys.readouterr().out
+    assert "start from scratch" in capsys.readouterr().out
     with rejects("adapter.extra", "value_head.weight (1, 32)"):
         Regression(str(tiny_base), width=32, **options).configure_model()
 

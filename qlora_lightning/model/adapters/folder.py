@@ -258,8 +258,8 @@ def settings_of_folder(folder: Path, base: Any, settings: Mapping[str, Any]) -> 
     for name, value in settings.items():
         if value not in (defaults[name], trained[name]):
             raise UserError(
-                f"model.{name} is {value!r}, but the adapter folder {folder} in model.adapter, which is trained "
-                f"further, has {trained[name]!r}: leave out model.{name}, or leave out model.adapter for a new adapter.",
+                f"model.{name} is {value!r}, but the adapter in model.adapter ({folder}), which is trained further, "
+                f"has {trained[name]!r}: leave out model.{name}, or leave out model.adapter for a new adapter.",
                 f"model.{name}",
             )
     return trained
@@ -298,7 +298,7 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
             raise UserError(
-                f"{folder} is damaged or its training diverged: {key} has values that are NaN or infinite.",
+                f"{folder} is damaged, or its training diverged: values of {key} are NaN or infinite.",
                 "adapter.nan",
             )
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What an adapter belongs to: its base, its own shape, and the data that it was trained on."""
+"""The identity of an adapter: its base, its shape, and the data that it was trained on."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from qlora_lightning.model.model_types import layer_of
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
-# Options of PEFT that change the adapter's shape or function; the others, as the initialization, no longer matter.
+# PEFT options that change the adapter's shape or function. The others, such as the initialization, no longer matter.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _COMPARED = (
     *("fingerprint", "reference", "quantization", "double_quant"),
@@ -25,11 +25,11 @@ _DATA |= {"train": "training samples", "val": "validation samples"}
 def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
     """Return rank, alpha, dropout, targets, layers and options of the adapter as plain values.
 
-    Targets and layers are read from the modules that carry it, however they were chosen.
+    Targets and layers are read from the modules that carry the adapter, however they were chosen.
     """
     config = model.peft_config[ADAPTER]
     adapters = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-    modules = {name.removesuffix(".base_layer") for name in adapters}  # experts have two adapters, one in the other
+    modules = {name.removesuffix(".base_layer") for name in adapters}  # experts have two adapters, one inside the other
     options = {name: value for name in _OPTIONS if (value := getattr(config, name))}
     if "modules_to_save" in options:
         options["modules_to_save"] = sorted(options["modules_to_save"])
@@ -44,18 +44,18 @@ def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
 
 
 def identity_of_data(trainer: Any) -> dict[str, Any]:
-    """Return the data module's identity: its rows, tokenizer and template; empty if it has none."""
+    """Return the data module's identity (its rows, tokenizer and template), or an empty dict if it has none."""
     return dict(getattr(datamodule_of(trainer), "identity", None) or {})
 
 
 def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
-    """Reject an adapter of another base or another shape: it would load without an error and answer nonsense."""
+    """Reject an adapter with another base or shape, because it would load without an error and generate nonsense."""
     flat_stored, flat_current = ({**identity, **(identity.get("adapter") or {})} for identity in (stored, current))
     for name, (before, now) in _differences(flat_stored, flat_current, _COMPARED).items():
         if name == "reference":
             raise UserError(
-                f"{source} was trained against another reference: the adapter of model.adapter has changed since (its "
-                f"weights were {before}, and are {now}). Restore it, or start a new run.",
+                f"{source} was trained against another reference: the adapter in model.adapter has changed since then "
+                f"(its weights were {before}, and are now {now}). Restore it, or start a new run.",
                 "adapter.reference",
             )
         if name == "fingerprint":
@@ -72,7 +72,7 @@ def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source
 
 
 def data_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """Describe, by name, what differs between two identities of data, by counts of samples or hashes."""
+    """Describe by name how two data identities differ, with their sample counts or hashes."""
     stored_counts, counts = (identity.get("samples") or {} for identity in (stored, current))
     return {
         name: f"{_DATA[name]} ({stored_counts.get(name, before)} there, {counts.get(name, now)} here)"
@@ -83,12 +83,12 @@ def data_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> d
 def _differences(
     stored: Mapping[str, Any], current: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, tuple[str, str]]:
-    """Return both values, as text, of what differs; what one of the two lacks is not compared."""
+    """Return both values as text for each name that differs; names missing from one side are not compared."""
     pairs = {name: (stored.get(name), current.get(name)) for name in names}
     return {name: (_format(a), _format(b)) for name, (a, b) in pairs.items() if None not in (a, b) and a != b}
 
 
 def _format(value: Any) -> str:
-    """Format a hash by its first digits, anything else as YAML would have it."""
+    """Format a hash by its first digits, and anything else as in YAML."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

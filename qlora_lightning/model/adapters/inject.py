@@ -1,4 +1,4 @@
-"""LoRA adapters put on a frozen base, by PEFT: on which modules, and the tensors that train."""
+"""Put LoRA adapters on a frozen base with PEFT: choose their modules, and list the tensors that train."""
 
 import contextlib
 import copy
@@ -23,16 +23,16 @@ from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.values import check_setting, fits
 
 _KEY = "model.lora_options"
-ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
-# of peft.LoraConfig, verified on a frozen, quantized base: the kind of each, and how an error describes it
+ADAPTER = "default"  # PEFT's name for the adapter that a model is created with
+# options of peft.LoraConfig, verified on a frozen, quantized base: the type of each, and its description in errors
 OPTIONS: dict[str, tuple[Any, str]] = {
     "alpha_pattern": (dict[str, float] | None, "{name of modules: number}"),
     "ensure_weight_tying": (bool, "true or false"),
-    # PEFT quantizes the base once more for olora and starts a plain adapter for eva and lora_ga; pissa, corda and
-    # loftq need the weights from before quantization
+    # PEFT quantizes the base again for olora, and starts a plain adapter for eva and lora_ga; pissa, corda and loftq
+    # need the unquantized weights
     "init_lora_weights": (
         bool | Literal["gaussian", "orthogonal"],
-        "true, false, gaussian or orthogonal: others do not work on a quantized base",
+        "true, false, gaussian or orthogonal (others do not work on a quantized base)",
     ),
     "modules_to_save": (list[str] | None, "a list of names of modules"),
     "rank_pattern": (dict[str, int] | None, "{name of modules: whole number}"),
@@ -44,12 +44,12 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "use_rslora": (bool, "true or false"),
 }
 KEEPS_DTYPES = (
-    "What trains is in float32, in which alone small steps add up, and model.compute_dtype chooses the dtype of "
-    "products: do not cast the model (to, half, bfloat16, …)."
+    "Trained tensors are float32, because small steps would be lost in 16 bits, and model.compute_dtype sets the dtype "
+    "of products: do not cast the model (to, half, bfloat16, …)."
 )
 _MANY_NUMBERS = 10_000_000  # no head or projection has as many, and each checkpoint would grow by 40 MB
-PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
-_BYPASSED = {  # linears whose weight these types read without the adapter: in a kernel, or if they are not quantized
+PRESETS = ("all-linear", "attention", "mlp")  # mlp is everything that is not attention
+_BYPASSED = {  # linears whose weights these types read without the adapter: in a kernel, or when they are not quantized
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),
     "dt_proj": ("falcon_mamba", "jamba"),
 }
@@ -66,18 +66,18 @@ def new_lora_config(
     target_experts: bool = False,
     lora_options: dict[str, Any] | None = None,
 ) -> peft.LoraConfig:
-    """Return PEFT's config of a new adapter: A ``(rank, in)`` and B ``(out, rank)`` beside each target.
+    """Return PEFT's config for a new adapter: A ``(rank, in)`` and B ``(out, rank)`` on each target.
 
-    PEFT computes ``W x + alpha / rank · B A x``, and with rsLoRA ``alpha / sqrt(rank)``. The arguments are those of
+    PEFT computes ``W x + alpha / rank · B A x``, or with rsLoRA ``alpha / sqrt(rank)``. The arguments are those of
     :class:`~qlora_lightning.QLoRAModule`.
     """
-    options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
+    options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists passed to it
     targets = resolve_targets(base, target_modules, layers)
     named = expert_parameters(base) if target_experts else []
     experts = [name for name in named if layer_of(name) in map(layer_of, targets)]
     if target_experts and not experts:
         raise UserError(
-            f"model.target_experts is true, and a {base.config.model_type} has no experts for adapters.",
+            f"model.target_experts is true, but a {base.config.model_type} has no experts that can carry adapters.",
             "model.target_experts",
         )
     _check_names(base, options, [*targets, *experts])
@@ -93,7 +93,7 @@ def new_lora_config(
 
 
 def check_options(options: Mapping[str, Any] | None) -> None:
-    """Reject options that PEFT would ignore or apply wrongly on any base, and values of another kind."""
+    """Reject options that PEFT would ignore or apply wrongly on any base, and values of the wrong type."""
     check_setting(_KEY, options, isinstance(options, Mapping | None), f"{{name: value}}, of {', '.join(OPTIONS)}")
     for name, value in (options or {}).items():
         if name not in OPTIONS:
@@ -104,7 +104,7 @@ def check_options(options: Mapping[str, Any] | None) -> None:
 
 
 def _check_names(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
-    """Reject options that name what this base does not have, which PEFT would silently ignore."""
+    """Reject options that name something this base does not have, because PEFT would silently ignore them."""
     for ending in options.get("modules_to_save") or ():
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(
@@ -124,16 +124,16 @@ def _check_names(model: PreTrainedModel, options: Mapping[str, Any], targets: li
             )
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
-            raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.", _KEY)
+            raise UserError(f"model.lora_options has a pattern for {pattern}, which has no adapter.", _KEY)
 
 
 def resolve_targets(model: Any, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
-    """Return the full name of every module that is to carry an adapter, in the model's order.
+    """Return the full name of every module to put an adapter on, in the model's order.
 
     Args:
         model: The base, without adapters.
-        target_modules: ``all-linear`` (every linear of the decoder layers but routers), ``attention``, ``mlp``, a list
-            of names (``q_proj``, or longer endings), or a regular expression that matches full names.
+        target_modules: ``all-linear`` (every linear of the decoder layers except routers), ``attention``, ``mlp``, a
+            list of names (``q_proj``, or longer endings), or a regular expression that matches full names.
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
     """
     modules = {
@@ -146,11 +146,11 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
     bypassed = tuple(f".{name}" for name, types in _BYPASSED.items() if model.config.model_type in types)
     names_in_layers = {name for name in candidates if modules[name] in in_layers and not name.endswith(bypassed)}
     selected = _select_by_name(candidates, names_in_layers, target_modules)
-    chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
+    chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]
     if not targets:
         raise UserError(
-            f"model.target_modules {target_modules!r} has no module in model.layers {layers!r}.", "model.layers"
+            f"model.target_modules {target_modules!r} has no modules in model.layers {layers!r}.", "model.layers"
         )
     return targets
 
@@ -163,7 +163,7 @@ def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: 
     for ending in [target_modules] if isinstance(target_modules, str) else target_modules:
         matches = {name for name in candidates if f".{name}".endswith(f".{ending}")}
         if isinstance(target_modules, str):
-            with contextlib.suppress(re.error):  # it may be no expression: *proj
+            with contextlib.suppress(re.error):  # it may not be an expression: *proj
                 matches |= {name for name in candidates if re.fullmatch(ending, name)}
         if not matches:
             names = dict.fromkeys([*PRESETS, *(name.rpartition(".")[2] for name in candidates)])
@@ -196,10 +196,10 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
 def inject(
     model: Any, config: peft.LoraConfig, source: str = "model.lora_options", name: str = ADAPTER
 ) -> peft.PeftModel:
-    """Let PEFT put an adapter on a base, or one more on a model of PEFT; errors name ``source``.
+    """Let PEFT put an adapter on a base, or another one on a PEFT model; errors name ``source``.
 
-    It is in fp32, and drawn from the seed alone, whatever was drawn before; B is zero. On a base on the meta device it
-    is there too. ``config.target_modules`` are names, or ends of names.
+    The adapter is in fp32. It depends only on the seed, not on earlier random draws, and B is zero. If the base is on
+    the meta device, so is the adapter. ``config.target_modules`` are names or ends of names.
     """
     base = causal_lm_of(model)
     config.target_modules = set(config.target_modules or ())
@@ -208,7 +208,7 @@ def inject(
     _check_experts(base, config, source)
     device = torch.device("meta") if base.device.type == "meta" else contextlib.nullcontext()
     explained = explaining(f"PEFT cannot put the adapter of {source} on the base", "adapter.peft")
-    # PEFT's warnings do not help users, or are about what is rejected here
+    # PEFT's warnings do not help users, or concern things that are rejected here
     with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings(action="ignore"), explained:
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         with adapting_experts(base, config), keeping_targets(base):
@@ -218,15 +218,15 @@ def inject(
                 model.add_adapter(name, config)
     for parameter in adapter_tensors(model, name).values():
         parameter.data = parameter.data.float()  # PEFT leaves whole modules and tokens in the base's dtype
-        # it lets tokens of a second adapter train
+        # PEFT lets tokens of a second adapter train
         parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)
     for module in base.modules():
         is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
-        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
+        if is_table and module is not base.get_input_embeddings():  # a table of positions; packed batches cast the embedding
             module.register_forward_hook(_cast_to_base)
     if missing := sorted(full_names - {*model.base_model.targeted_module_names}):
         raise UserError(
-            f"PEFT puts no adapter on {missing[0]} ({source}): leave it out of model.target_modules, or of "
+            f"PEFT puts no adapter on {missing[0]} ({source}): leave it out of model.target_modules or "
             "model.lora_options.modules_to_save.",
             "model.target_modules",
         )
@@ -238,7 +238,10 @@ def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
 
 
 def _check_experts(base: Any, config: peft.LoraConfig, source: str) -> None:
-    """Reject what PEFT's adapters of ``target_parameters`` do not take, as which some linears are saved too."""
+    """Reject options that PEFT's adapters of ``target_parameters`` do not support.
+
+    Some linears are saved as such adapters too.
+    """
     is_orthogonal = config.init_lora_weights == "orthogonal"
     options = {"dropout": config.lora_dropout, "use_dora": config.use_dora, "orthogonal start": is_orthogonal}
     unfit = [name for name, value in options.items() if value]
@@ -247,33 +250,33 @@ def _check_experts(base: Any, config: peft.LoraConfig, source: str) -> None:
         key, remedy = "model.target_experts", "false"
     if unfit and (config.target_parameters or taken_for_experts(base, config.target_modules)):
         raise UserError(
-            f"PEFT's adapters of experts, and of MLPs beside the experts, take no {unfit[0]} ({source}): leave that "
+            f"PEFT's adapters on experts, and on MLPs next to the experts, take no {unfit[0]} ({source}): leave it "
             f"out, or set {key} to {remedy}.",
             key,
         )
 
 
 def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> None:
-    """Reject an adapter that would train head or embedding alone, of a base that ties them."""
+    """Reject an adapter that would train only the head or only the embedding of a base that ties them."""
     tied = {base.get_input_embeddings(), base.get_output_embeddings()}
     names = [name.rpartition(".")[2] for name, module in base.named_modules() if module in tied]
     saved = () if config.ensure_weight_tying else config.modules_to_save or ()
     untied = {*names} & {name.rpartition(".")[2] for name in (*(config.target_modules or ()), *saved)}
     if untied and getattr(base.config, "tie_word_embeddings", False):
         raise UserError(
-            f"{source} trains {', '.join(sorted(untied))}, and this base ties head and embedding: to train one alone "
-            f"would part them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
+            f"{source} trains {', '.join(sorted(untied))}, but this base ties head and embedding: training only one "
+            f"would untie them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
             "base.tied",
         )
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every tensor that trains, by name: the adapter, and nothing of the base."""
+    """Return every trainable tensor by name: the adapter, and nothing from the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return every tensor of one of a model's adapters, whether it trains or not; a tied one by each of its names."""
+    """Return every tensor of a model's adapter, trainable or not; a tied tensor appears under each of its names."""
     return {
         key: parameter
         for key, parameter in model.named_parameters(remove_duplicate=False)
@@ -282,7 +285,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint of a QLoRAModule holds, by name.
+    """Return the tensors in a QLoRAModule's checkpoint, by name.
 
     Of the model it is what trains, and what of the adapter is frozen (such as A, drawn from a seed).
     """
@@ -295,9 +298,9 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a subclass of QLoRAModule has beside its model, by name: parameters, frozen ones too, and buffers.
+    """Return the tensors of a QLoRAModule subclass outside its model, by name: parameters (even frozen) and buffers.
 
-    Those of :func:`frozen_models`, and those that are the model's too, are left out.
+    This leaves out tensors of :func:`frozen_models`, and tensors that also belong to the model.
     """
     tensors: dict[str, Any] = {**dict(module.named_parameters(recurse=False))}
     temporary = module._non_persistent_buffers_set
@@ -316,9 +319,9 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_models(module: nn.Module) -> list[str]:
-    """Return the names of frozen models that a subclass has beside its own, such as a teacher.
+    """Return the names of frozen models that a subclass has in addition to its own, such as a teacher.
 
-    They are models of transformers, and what is as large. A class makes them again, as it does the base.
+    These are transformers models and modules of similar size. A class creates them again, like the base.
     """
     found = list[str]()
     for name, part in module.named_modules():
@@ -332,7 +335,7 @@ def frozen_models(module: nn.Module) -> list[str]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count trainable and all parameters; a packed 4-bit weight counts as its unpacked elements."""
+    """Count trainable parameters and all parameters; a packed 4-bit weight counts as its unpacked elements."""
     sizes = {parameter: parameter.numel() for parameter in model.parameters()}
     linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     sizes |= {linear.weight: linear.in_features * linear.out_features for linear in linears}
@@ -341,7 +344,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Switch to another adapter, or to none; afterwards restore the adapter and which tensors train."""
+    """Switch to another adapter, or to none; afterwards, restore the adapter and which tensors train."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     active, was_enabled = model.active_adapter, not all(layer.disable_adapters for layer in layers)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -356,12 +359,12 @@ def with_adapter(model: Any, name: str | None) -> Iterator[None]:
         if name is not None:
             model.set_adapter(active)
         (model.enable_adapter_layers if was_enabled else model.disable_adapter_layers)()
-        for parameter, requires_grad in flags:  # PEFT's switches let all of an active adapter train
+        for parameter, requires_grad in flags:  # switching in PEFT makes all tensors of an active adapter trainable
             parameter.requires_grad_(requires_grad)
 
 
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Set the saved tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
+    """Set the saved tensors to ``tensors``, which come from ``source``; if one does not fit, change none."""
     saved = saved_tensors(model)
     check_shapes(saved, tensors, source)
     with torch.no_grad():
@@ -370,7 +373,7 @@ def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 
 def check_shapes(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
-    """Reject tensors of ``source`` that have other names or shapes than the model's."""
+    """Reject tensors from ``source`` whose names or shapes differ from the model's."""
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     actual = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     names = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))

@@ -222,7 +222,7 @@ def inject(
         parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)
     for module in base.modules():
         is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
-        if is_table and module is not base.get_input_embeddings():  # a table of positions; packed batches cast the embedding
+        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
             module.register_forward_hook(_cast_to_base)
     if missing := sorted(full_names - {*model.base_model.targeted_module_names}):
         raise UserError(
@@ -264,8 +264,8 @@ def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> 
     untied = {*names} & {name.rpartition(".")[2] for name in (*(config.target_modules or ()), *saved)}
     if untied and getattr(base.config, "tie_word_embeddings", False):
         raise UserError(
-            f"{source} trains {', '.join(sorted(untied))}, but this base ties head and embedding: training only one "
-            f"would untie them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
+            f"{source} trains {', '.join(sorted(untied))}, but this base ties head and embedding: training one alone "
+            f"would part them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
             "base.tied",
         )
 
@@ -287,7 +287,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in a QLoRAModule's checkpoint, by name.
 
-    Of the model it is what trains, and what of the adapter is frozen (such as A, drawn from a seed).
+    From the model, these are the trainable tensors and the frozen ones of the adapter (such as A, drawn from a seed).
     """
     in_model = {
         name: parameter

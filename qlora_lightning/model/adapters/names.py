@@ -1,7 +1,7 @@
-"""The names of modules here and in the adapter folder, translated both ways.
+"""Translate module names between this package and the adapter folder, in both directions.
 
-Plain PEFT reads the folder on the whole model, with transformers' own names. Most names are the same in both. These
-differ:
+Plain PEFT loads the folder onto the whole model, which has transformers' own names. Most names are the same in both.
+These differ:
 
 | case                                          | here                       | in the folder                        |
 |-----------------------------------------------|----------------------------|--------------------------------------|
@@ -11,8 +11,8 @@ differ:
 | in the first: `target_modules`,                | ends of names, expressions | full names                           |
 | `modules_to_save`, `feedforward_modules`       |                            |                                      |
 
-:func:`config_in_folder` leads there, :func:`settings_here` back. An adapter that is opened and saved again has the same
-config and the same tensors.
+:func:`config_in_folder` translates to the folder's names, and :func:`settings_here` back. An adapter that is opened and
+saved again has the same config and tensors.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from torch import nn
 from qlora_lightning.model.load.wrapped import rename
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_SETTINGS = (  # of PEFT, that name modules
+_SETTINGS = (  # PEFT settings that name modules
     *("target_modules", "target_parameters", "feedforward_modules", "modules_to_save"),
     *(*_PATTERNS, "trainable_token_indices"),
 )
 _KEY_PREFIX = "base_model.model."  # of each tensor's key in a folder
 
 
-# ---- there -----------------------------------------------------------------------------------------------------------
+# ---- to the folder ---------------------------------------------------------------------------------------------------
 
 
 def config_in_folder(model: peft.PeftModel) -> Any:
-    """Return the config of a model's active adapter with the names of the folder."""
+    """Return the config of a model's active adapter, with the names used in the folder."""
     adapter = model.active_adapter
     config, prefixes = copy.copy(model.peft_config[adapter]), _prefixes_in_folder(model.get_base_model().config)
     targets = _targets(model, adapter)
@@ -66,13 +66,13 @@ def config_in_folder(model: peft.PeftModel) -> Any:
 
 
 def key_in_folder(key: str, base_config: Any) -> str:
-    """Return the key that the folder has for a tensor, of which PEFT gives one with the name here."""
+    """Return a tensor's key in the folder, from PEFT's key, which has the name here."""
     prefixes = _prefixes_in_folder(base_config)
     return rename(key, {f"{_KEY_PREFIX}{here}": f"{_KEY_PREFIX}{there}" for here, there in prefixes.items()})
 
 
 def _targets(model: peft.PeftModel, adapter: str) -> dict[str, Any]:
-    """Return the layers that carry an adapter, by their full names here."""
+    """Return the layers that carry an adapter, by full name here."""
     base = model.get_base_model()
     names = getattr(model.base_model, "targeted_module_names", ())  # of all adapters
     layers = {name: base.get_submodule(name) for name in names}
@@ -83,18 +83,19 @@ def _targets(model: peft.PeftModel, adapter: str) -> dict[str, Any]:
     }
 
 
-# ---- back ------------------------------------------------------------------------------------------------------------
+# ---- from the folder -------------------------------------------------------------------------------------------------
 
 
 def settings_here(stored: Mapping[str, Any], keys: Iterable[str], base_config: Any) -> dict[str, Any]:
-    """Return the settings of a folder's ``LoraConfig`` with the names here.
+    """Return the settings of a folder's ``LoraConfig``, with the names used here.
 
     Args:
-        stored: Those of the folder.
-        keys: Its tensors' keys. They tell which modules carry the adapter: the config may have an expression for it.
+        stored: The settings in the folder.
+        keys: The keys of the folder's tensors. They tell which modules carry the adapter, because the config may have
+            only an expression.
         base_config: transformers' config of the base; ``None`` if it is unknown.
     """
-    # linears that are saved as parameters come back as modules
+    # linears that were saved as parameters become modules again
     parameters = [name for name in stored.get("target_parameters", ()) if not name.endswith(".weight")]
     experts = tuple(name.rpartition(".")[0] or "experts" for name in parameters)  # the ends of their names
     names = [key.removeprefix(_KEY_PREFIX) for key in keys]
@@ -103,7 +104,7 @@ def settings_here(stored: Mapping[str, Any], keys: Iterable[str], base_config: A
     settings = {**stored, "target_parameters": parameters or None, "target_modules": linears}
     for key in _PATTERNS:
         settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
-    # PEFT matches them again, without a bound on the time of an expression: here it runs under the caller's
+    # PEFT matches the patterns again, with no time limit on an expression; here, the caller's time limit applies
     matched = {key: by_full_names(settings[key], [*linears, *parameters]) for key in _PATTERNS}
     if prefixes := {there: here for here, there in _prefixes_in_folder(base_config).items()}:
         settings |= matched
@@ -118,18 +119,18 @@ def settings_here(stored: Mapping[str, Any], keys: Iterable[str], base_config: A
 
 
 def _prefixes_in_folder(base_config: Any) -> dict[str, str]:
-    """Return the prefixes of names in the folder by those here; none if the base is a whole model."""
+    """Return the prefixes in the folder by those here; empty if the base is a whole model."""
     return getattr(base_config, "names_in_wrapper", {})
 
 
 def by_full_names(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return what PEFT finds for names in a pattern, which has the ends of names, or regular expressions for them."""
+    """Return the values that PEFT finds for full names in a pattern, whose keys are ends of names or expressions."""
     keys = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if nothing matches
     return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
 
 
 def _rename_settings(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Return those of PEFT's settings that name modules, with other prefixes."""
+    """Return the PEFT settings that name modules, with other prefixes."""
     renamed: dict[str, Any] = {}
     for key in _SETTINGS:
         value = settings.get(key)
@@ -140,21 +141,21 @@ def _rename_settings(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -
     return renamed
 
 
-# ---- linears that PEFT takes for those of experts --------------------------------------------------------------------
+# ---- linears that PEFT mistakes for those of experts -----------------------------------------------------------------
 
 
 def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
-    """Return the targets that PEFT, by their last names, takes for those of the experts beside them.
+    """Return the targets whose last names make PEFT mistake them for linears of the experts next to them.
 
-    It opens so the adapters of an older transformers, in which each expert had linears of these names. Those of the
-    MLPs that a mixture has beside its experts are saved as ``target_parameters``, which it leaves where they are.
+    In older versions of transformers, each expert had linears with these names, and PEFT opens adapters from then in
+    this way. MLPs next to a mixture's experts are therefore saved as ``target_parameters``, which PEFT does not move.
     """
     taken = set()
     for last_name in {name.rpartition(".")[2] for name in targets}:
         config = peft.LoraConfig(target_modules=[last_name])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # it moves some names only together
+        except ValueError:  # PEFT moves some names only together
             taken.add(last_name)
         if last_name not in config.target_modules:
             taken.add(last_name)
@@ -163,7 +164,7 @@ def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
 
 @contextlib.contextmanager
 def keeping_targets(base: Any) -> Iterator[None]:
-    """Let PEFT put adapters where the names here say: it moves targets to the experts by the type of the base."""
+    """Keep PEFT from moving targets to the experts, which it decides by the base's type."""
     model_type, base.config.model_type = base.config.model_type, ""
     try:
         yield

@@ -1,4 +1,4 @@
-"""A trained adapter and its base, in the form that they had in training."""
+"""Load a trained adapter and its base in the form that they had during training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,35 +15,35 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
 Module = TypeVar("Module")
-_NAME_IT = "name it with --base, in Python from_run(…, base=…)."
+_NAME_IT = "name it with --base, or in Python with from_run(…, base=…)."
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter folder, and its base in the form that it had in training."""
+    """An adapter folder, and its base in the form that it had during training."""
 
     folder: Path
-    identity: dict[str, Any]  # of its ``qlora_lightning.json``; empty if another tool wrote the folder
+    identity: dict[str, Any]  # from ``qlora_lightning.json``; empty if another tool wrote the folder
     base: folders.BaseFolder
     quantization: Quantization | None  # None if the folder does not say
     double_quant: bool
     compute_dtype: str  # torch's name
-    tokenizer_folder: Path  # the adapter folder, or the base's if the adapter's holds no tokenizer
-    data_settings: dict[str, Any]  # how rows were rendered in training
+    tokenizer_folder: Path  # the adapter folder, or the base's if the adapter folder has no tokenizer
+    data_settings: dict[str, Any]  # how rows were rendered during training
 
 
 def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.
 
-    The base is ``base``, else that of its name in training, or, if that is not found (it may be a relative path), the
-    folder that it was loaded from. No model is loaded.
+    The base is ``base`` if given, or else the one named in training. If that is not found (it may be a relative path),
+    it is the folder that the base was loaded from. No model is loaded.
     """
     folder = folders.find_adapter_folder(named)
     identity = folders.read_identity(folder)
     if identity.get("own_base"):
         raise UserError(
-            f"The adapter folder {folder} was trained on a base that build_model of its class made, which no command "
-            "knows: open it in Python by from_run of that class.",
+            f"The adapter folder {folder} was trained on a base made by build_model of its class, which commands "
+            "cannot make: open it in Python with from_run of that class.",
             "adapter.base",
         )
     source = _find_base(folder, identity) if base is None else folders.open_base(base)
@@ -67,15 +67,15 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
 
 
 def open_adapter(source: AdapterSource, kind: type[Module], **settings: Any) -> Module:
-    """Load an adapter on its base in the form of the training, on a CUDA device if there is one.
+    """Load an adapter on its base in the form used for training, on a CUDA device if available.
 
     Args:
         source: Adapter and base.
-        kind: A class of QLoRAModules.
-        settings: More of its arguments, or others than those of the training.
+        kind: QLoRAModule or a subclass.
+        settings: Additional arguments for the class; they override those from training.
     """
     if source.quantization is None:
-        say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")
+        say(f"{source.folder} does not say how its base was quantized in training: it is loaded in nf4.")
     trained = {
         "base": source.base.name,
         "revision": source.base.revision,
@@ -87,9 +87,10 @@ def open_adapter(source: AdapterSource, kind: type[Module], **settings: Any) -> 
 
 
 def open_run(named: str | Path, kind: type[Module], makes_base: bool, base: str | None, **settings: Any) -> Module:
-    """Load the adapter of a run folder, or an adapter folder, by the class that trained it.
+    """Load the adapter of a run folder, or an adapter folder, with the class that trained it.
 
-    If that ``makes_base`` by an own ``build_model``, the base is compared with that of the training when it is made.
+    If the class ``makes_base`` with its own ``build_model``, the base is compared with the one from training when it is
+    made.
     """
     folder = folders.find_adapter_folder(named)
     identity = folders.read_identity(folder)

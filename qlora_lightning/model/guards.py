@@ -260,7 +260,7 @@ def check_sums(module: Module, batch: Any) -> None:
 
 @contextlib.contextmanager
 def _copied_state(module: Any) -> Iterator[None]:
-    """Put copies of what a subclass has beside the model in the place of it, for a while."""
+    """Give a subclass copies of its own attributes for a while; afterwards it has exactly those it had before."""
     attributes, modules = dict(vars(module)), module._modules
     buffers = module._buffers
     try:
@@ -272,6 +272,8 @@ def _copied_state(module: Any) -> Iterator[None]:
         module._buffers = copy.deepcopy(buffers)
         yield
     finally:
+        for name in vars(module).keys() - attributes.keys():
+            delattr(module, name)
         vars(module).update(attributes)
 
 
@@ -291,7 +293,7 @@ def _sum_batch(module: Module, batch: Any) -> dict[str, float]:
 class TrainingGuard(Callback):
     """Reject, or warn of, what breaks training: at the start of a run, before each step, and after each validation.
 
-    It changes nothing. The module adds it in ``configure_callbacks`` and calls :meth:`check_step`.
+    It does not change how the model trains. The module adds it in ``configure_callbacks`` and calls :meth:`check_step`.
 
     Attributes:
         checks_due: Whether the next step's gradients are checked: of the first step, and after each validation.

@@ -134,7 +134,7 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
 
 
 def plain_log_probs(model, batch):
-    """Log-probabilities and labelled tokens of each sample, which comes alone, by transformers' forward."""
+    """Log-probabilities and labeled tokens of each sample, which comes alone, by transformers' forward."""
     found, bounds = [], batch["cu_seqlens"].tolist()
     for start, end in itertools.pairwise(bounds):
         ids, labels = (batch[name][:, start:end] for name in ("input_ids", "labels"))

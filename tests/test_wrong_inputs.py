@@ -252,7 +252,7 @@ WRONG = [
     ),
     wrong(
         "--data.train wrong.csv",
-        "wrong.csv:2: no format is recognised by the keys x y;b|z;",
+        "wrong.csv:2: no format is recognized by the keys x y;b|z;",
         "{path: FILE, delimiter: ;}",
         prepare=write("wrong.csv", "x y;b|z\na b;c|d\n"),
     ),

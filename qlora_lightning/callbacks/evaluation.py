@@ -27,7 +27,7 @@ from qlora_lightning.support.trainer import datamodule_of, find_callback, gather
 
 T = TypeVar("T")
 ForgettingLoss = dict[str, list[tuple[float, float]]]
-"""For each side, nats and labelled tokens of each row."""
+"""For each side, nats and labeled tokens of each row."""
 _MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
 _NOT_EVALUATED = "Not evaluated at step {}: {} `qlora-lightning evaluate` can do it later."
 

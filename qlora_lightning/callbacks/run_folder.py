@@ -269,7 +269,7 @@ def refuse_links(*folders: Path) -> None:
     for folder in folders:
         if folder.is_symlink():
             raise UserError(
-                f"{folder} is a link, and a run writes into no folder behind one: remove it, or choose a run folder "
+                f"{folder} is a link, and a run does not write through links: remove it, or choose a run folder "
                 "on the other disk with `--trainer.default_root_dir PATH`.",
                 "run_folder.link",
             )

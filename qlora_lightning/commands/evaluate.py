@@ -201,7 +201,7 @@ def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tup
     rows = [row for batch in batches for row in unpack_rows(batch)]
     if not rows:
         raise UserError(
-            f"There are no {split} rows to evaluate: none has a labelled token, or trainer.limit_{split}_batches is 0."
+            f"There are no {split} rows to evaluate: none has a labeled token, or trainer.limit_{split}_batches is 0."
         )
     sources = data.sample_sources.get(split)
     places = {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}

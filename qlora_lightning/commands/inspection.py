@@ -32,7 +32,7 @@ The last line says whether `fit` would start on these rows (for other splits: `t
 and the exit code is 2. This happens if there are bad rows (unless `on_bad_row: skip`), or if too many rows leave
 nothing to train on."""
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
-_MARKS = Text("⟦labelled tokens⟧ · ■ stop token · │ between tokens · ↵ newline")
+_MARKS = Text("⟦labeled tokens⟧ · ■ stop token · │ between tokens · ↵ newline")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
 _MAX_CHARACTER_TOKENS = 16
 _DEFAULT_ROWS = 2  # shown if none are requested
@@ -131,7 +131,7 @@ def _source_table(samples: SampleSet, sources: Sequence[Source]) -> Table:
         row = [source.path, f"{len(np.unique(samples.row_ids[mask])):,}", f"{mask.sum():,}", f"{n_tokens:,}"]
         row.append(_share(n_labelled, n_tokens))
         rows.append(row + ([_share(source.weight or 0.0, total_weight)] if total_weight else []))
-    headings = ["source", "rows left", "samples", "tokens", "labelled", *(["of an epoch"] if total_weight else [])]
+    headings = ["source", "rows left", "samples", "tokens", "labeled", *(["of an epoch"] if total_weight else [])]
     return make_table(headings, rows, box=False)
 
 
@@ -176,13 +176,13 @@ def _show_rows(
             answers = [("desirable: " if samples.desirable[index] else "undesirable: ", start, end)]
         for label, begin, stop in answers:
             token_ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
-            summary = f"  {label}{count_of(len(token_ids), 'token')}, {sum(labelled):,} labelled"
+            summary = f"  {label}{count_of(len(token_ids), 'token')}, {sum(labelled):,} labeled"
             tokens = _mark_tokens(token_ids, labelled, tokenizer, stop_ids)
             yield Text.assemble((samples.where(index), "bold"), summary), tokens
 
 
 def _mark_tokens(token_ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any, stop_ids: Collection[int]) -> Text:
-    """Return a sample as text: a mark between tokens, labelled ones in brackets, control tokens in colours."""
+    """Return a sample as text: a mark between tokens, labeled ones in brackets, control tokens in colors."""
     special_ids, text = ControlTokens(tokenizer, stop_ids).known, Text()
     is_labelled = False
     for token, index in _decode(token_ids, labelled, tokenizer):

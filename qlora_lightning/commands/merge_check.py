@@ -60,7 +60,7 @@ def check_written(source: AdapterSource, folder: Path, gguf_file: Path | None, b
     del module  # before the merged model is loaded
     loss = compare_logits(reference, reference, labels)["loss"]
     rows = len({*batch["row_ids"].tolist()})
-    checked = f"{count_of(rows, 'validation row')}, {count_of(len(labels), 'labelled token')}"
+    checked = f"{count_of(rows, 'validation row')}, {count_of(len(labels), 'labeled token')}"
     say(f"Checked on {checked}: base + adapter: loss {loss:.4f}")
     figures: dict[str, Any] = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
     for file in (None, gguf_file) if gguf_file else (None,):
@@ -83,7 +83,7 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
     gc.collect()  # the previous model is in reference cycles
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if device.type == "cuda" and 1.2 * weight_bytes > free_bytes(device):  # a card that held the base in 4 bits
+    if device.type == "cuda" and 1.2 * weight_bytes > free_bytes(device):  # a GPU that held the base in 4 bits
         device = torch.device("cpu")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     is_fast = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
@@ -117,7 +117,7 @@ def _compute_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labelled tokens.
+    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labeled tokens.
 
     Returns:
         ``loss``, the mean negative log-likelihood of the labels, and ``kl``, the mean Kullback-Leibler divergence of

@@ -182,7 +182,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Hashes of samples, tokenizer and template; the settings behind the batches; data sets of the hub."""
+        """Hashes of samples, tokenizer and template; the settings that shape the batches; data sets of the hub."""
         settings = {name: getattr(self, name) for name in _REMEMBERED}
         settings["format"] = files.name_of_format(self.format)
         # only data sets of the hub have a split

@@ -238,7 +238,7 @@ class Preparation:
             if self.too_long == "drop" and any(len(sample.ids) > self.max_length for sample in samples):
                 report.drop("longer than max_length (too_long: drop)")
             else:
-                report.leave_untrained("no labelled token within max_length")
+                report.leave_untrained("no labeled token within max_length")
         elif isinstance(content, Pair):
             (chosen,), (rejected,) = fitted
             if chosen == rejected:
@@ -311,5 +311,5 @@ def _prompt_of(sample: TokenizedSample) -> list[int]:
 
 
 def _count(sample: TokenizedSample) -> int:
-    """Count labelled tokens."""
+    """Count labeled tokens."""
     return len(sample.labels) - sample.labels.count(IGNORED)

@@ -26,12 +26,12 @@ class DataReport:
     split: str
     rows: int = 0  # read, bad and dropped ones included
     samples: int = 0
-    formats: list[str] = field(default_factory=list)  # that were recognised
+    formats: list[str] = field(default_factory=list)  # that were recognized
     tokens: int = 0
     labelled: int = 0  # of the tokens
     desirable: int | None = None  # samples with that verdict, if they have verdicts
     shortened: int = 0  # samples cut to max_length
-    lost_labels: int = 0  # labelled tokens that max_length cut off or, with too_long: drop, left out with their rows
+    lost_labels: int = 0  # labeled tokens that max_length cut off or, with too_long: drop, left out with their rows
     dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that were left out, by reason
     unusable: int = 0  # of these, rows that leave nothing to train on
     bad_rows: int = 0
@@ -112,13 +112,13 @@ class DataReport:
         others = f", {self.overlap_prompts:,} of them with another answer" if self.overlap_prompts else ""
         parts = [f"{self.split}: {count_of(self.rows, 'row')}{formats}", count_of(self.tokens, "token")]
         if self.labelled:
-            parts.append(f"{self.labelled / self.tokens:.0%} labelled")
+            parts.append(f"{self.labelled / self.tokens:.0%} labeled")
         if self.desirable is not None:
             parts.append(f"{self.desirable:,} of {count_of(self.samples, 'answer')} desirable")
         if self.samples != self.rows:
             parts.append(count_of(self.samples, "sample"))
         if self.shortened:
-            parts.append(f"{self.shortened:,} shortened ({count_of(self.lost_labels, 'labelled token')} lost)")
+            parts.append(f"{self.shortened:,} shortened ({count_of(self.lost_labels, 'labeled token')} lost)")
         lines = [", ".join(parts)]
         bad = [f"{', '.join(locations)} ({reason})" for reason, locations in self.bad.items()]
         for title, entries in (

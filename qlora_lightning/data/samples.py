@@ -75,7 +75,7 @@ class SampleSet:
 
     @property
     def labelled_counts(self) -> npt.NDArray[np.int64]:
-        """Labelled tokens of each sample, ``(N,)`` int64."""
+        """Labeled tokens of each sample, ``(N,)`` int64."""
         return np.add.reduceat(self.labelled, self.starts[:-1], dtype=np.int64)
 
     def where(self, n: int) -> str:

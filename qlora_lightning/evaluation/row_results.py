@@ -61,15 +61,15 @@ class Answer(NamedTuple):
 class RowResult(NamedTuple):
     """Loss and answer of one row; a preference pair counts as one token, correct if the chosen answer is likelier."""
 
-    loss_sum: float  # over its labelled tokens: of compute_loss, by default in nats
+    loss_sum: float  # over its labeled tokens: of compute_loss, by default in nats
     labelled_tokens: float  # a whole number, unless compute_loss weights tokens
-    correct: float | None  # labelled tokens of which the label was the most likely token; None: compute_loss has none
+    correct: float | None  # labeled tokens of which the label was the most likely token; None: compute_loss has none
     answer: Answer | None = None  # if it was answered
-    nll: float | None = None  # negative log-likelihood of its labelled tokens, in nats; None: compute_loss has none
+    nll: float | None = None  # negative log-likelihood of its labeled tokens, in nats; None: compute_loss has none
 
     @property
     def loss(self) -> float:
-        """The mean per labelled token; NaN if none is labelled."""
+        """The mean per labeled token; NaN if none is labeled."""
         return self.loss_sum / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
@@ -101,7 +101,7 @@ def take_batches(loader: Any, limit: float) -> Iterator[Any]:
 
 
 def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
-    """Return the rows of a batch that have a labelled token; a batch that is not packed counts as one row."""
+    """Return the rows of a batch that have a labeled token; a batch that is not packed counts as one row."""
     if not is_packed(batch):
         return [EvaluationRow(-1, "0", None, [])]
     rows = []
@@ -120,9 +120,9 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
 
 
 def split_sample(ids: list[int], labels: list[int]) -> tuple[list[int] | None, list[int]]:
-    """Return the tokens before the last run of labelled tokens, and that run.
+    """Return the tokens before the last run of labeled tokens, and that run.
 
-    If all tokens are labelled (``train_on: all``), the end of the prompt is unknown: it is ``None``.
+    If all tokens are labeled (``train_on: all``), the end of the prompt is unknown: it is ``None``.
     """
     end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
     start = next((index + 1 for index in range(end - 1, -1, -1) if labels[index] == IGNORED), 0)

@@ -20,7 +20,7 @@ from qlora_lightning.support.errors import UserError, is_out_of_memory
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
-_MAX_PACKED_PROMPTS = 4  # up to this many bitsandbytes multiplies packed weights on every card
+_MAX_PACKED_PROMPTS = 4  # up to this many, bitsandbytes multiplies packed weights on every GPU
 _GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
     **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
     **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None, "use_cache": True},

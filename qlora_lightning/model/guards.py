@@ -396,7 +396,7 @@ class TrainingGuard(Callback):
         if cast(Module, pl_module).window.batches:
             raise UserError(
                 f"{type(pl_module).__name__} overrides `optimizer_step` without `super().optimizer_step(…)`, which "
-                "divides the gradients of a sum by its labelled tokens.",
+                "divides the gradients of a sum by its labeled tokens.",
                 "module.optimizer_step",
             )
 

@@ -37,7 +37,7 @@ _NOT_CAUSAL = (
     *("xlm-roberta", "xlm-roberta-xl", "xlnet"),
 )
 REJECTED_TYPES = {
-    **dict.fromkeys(_NOT_CAUSAL, "sees what comes behind a token"),
+    **dict.fromkeys(_NOT_CAUSAL, "sees tokens that come after a token"),
     "laguna": "has adapters of which plain PEFT would lose some",
     "mamba": "reads weights past adapters, and past 4 bits (falcon_mamba and mamba2 do not)",
     "phimoe": "draws experts at random in training",

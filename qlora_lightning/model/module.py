@@ -55,7 +55,7 @@ class QLoRAModule(lightning.LightningModule):
     cuts the batch (``step/packed.py``) into micro-batches (``step/layout.py``). For each, :meth:`_backpropagate`
     computes the sum of the loss (``step/forward.py``, ``step/loss.py``) and its gradient.
 
-    Logs per optimizer step: ``train_loss`` (nats per labelled token), ``train_perplexity``, ``train_token_accuracy``,
+    Logs per optimizer step: ``train_loss`` (nats per labeled token), ``train_perplexity``, ``train_token_accuracy``,
     ``grad_norm`` (before clipping) and, in fp16, ``loss_scale``. Logs per validation: ``val_loss``, ``val_perplexity``
     and ``val_token_accuracy``; ``test_…`` likewise. If you override ``compute_loss``, its own ``metrics`` replace
     perplexity and accuracy.
@@ -326,7 +326,7 @@ class QLoRAModule(lightning.LightningModule):
         return losses.LossSums.of(nll, token_accuracy=correct, nll=nll)
 
     def token_losses(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Compute the loss of each labelled token of a micro-batch, ``(K,)``, and whether it is the most likely one.
+        """Compute the loss of each labeled token of a micro-batch, ``(K,)``, and whether it is the most likely one.
 
         They are in the order of the samples, ``counts`` of each.
         """
@@ -335,7 +335,7 @@ class QLoRAModule(lightning.LightningModule):
             return losses.token_losses(hidden, targets, losses.lm_head_of(self.causal_lm), fused=self.fast)
 
     def last_states(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Compute the hidden states that predict the labelled tokens, ``(K, width)``, and these tokens, ``(K,)``.
+        """Compute the hidden states that predict the labeled tokens, ``(K, width)``, and these tokens, ``(K,)``.
 
         Only tokens that a label of this batch needs are computed: hooks on the model see fewer tokens than the batch
         has. States are in the order of the samples.

@@ -110,7 +110,7 @@ class PreferenceModule(_ByObjective, QLoRAModule):
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: Any) -> LossSums:
-        """Sum the loss of the rows of a micro-batch, in which the two answers of a pair are neighbours, and rows."""
+        """Sum the loss of the rows of a micro-batch, in which the two answers of a pair are neighbors, and rows."""
         micro_batch = self.micro_batch_of(batch)
         if not micro_batch.pairs:
             raise UserError(
@@ -248,7 +248,7 @@ class KTOModule(PreferenceModule):
 def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Make a packed batch, on the host, of each prompt with the previous row's answer, the first with the last's.
 
-    An answer begins at the first labelled token, and is cut so that no row is longer than the longest of the batch.
+    An answer begins at the first labeled token, and is cut so that no row is longer than the longest of the batch.
     """
     lengths = batch["cu_seqlens"].diff().tolist()
     stacked = torch.stack([batch["input_ids"][0], batch["labels"][0]]).cpu()

@@ -1,6 +1,6 @@
 """Compare what a device computes fused with what transformers, PEFT and torch compute, before it is trusted.
 
-A kernel may be compiled wrongly for a card, or an operator of torch change its meaning. A table of cases, on random
+A kernel may be compiled wrongly for a GPU, or an operator of torch may change its meaning. A table of cases, on random
 inputs: each kernel of Triton, attention, one decoder layer of the loaded model, and the loss, forward and backward.
 Nothing is drawn from the run's generators, and the model is as it was afterwards.
 """
@@ -153,12 +153,12 @@ def check_device(module: Any, trainer: Trainer | None) -> None:
 
 
 def name_device(device: torch.device) -> str:
-    """Return the name of a card, or of a CPU's architecture."""
+    """Return the name of a GPU, or the architecture of a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({platform.machine()})"
 
 
 def _remembered_faults(causal_lm: Any, dtype: torch.dtype) -> list[Comparison]:
-    """Return what :func:`find_faults` found at an earlier start with such a card, versions and shapes, or finds now."""
+    """Return what :func:`find_faults` found at an earlier start with this GPU, versions and shapes, or finds now."""
     layer, head = _checked_layer(causal_lm), causal_lm.get_output_embeddings()
     device = next(layer.parameters()).device
     card = name_device(device)

@@ -40,7 +40,7 @@ def assess(run: Run) -> Assessment:
     if divergence:
         return Assessment("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
     if steps < _MIN_STEPS:
-        length = f"{count_of(int(steps), 'optimizer step')}, and a judgement takes {_MIN_STEPS}"
+        length = f"{count_of(int(steps), 'optimizer step')}, and judging takes {_MIN_STEPS}"
         return Assessment("unknown", [f"Too short to judge: {length}."])
     points, what = run.metrics.get("val_loss", []), "validation loss"
     if not points and "loss" in comparison:  # it ended before its first validation

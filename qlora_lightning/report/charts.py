@@ -48,7 +48,7 @@ _SETTINGS: Any = {
 class Curve:
     """One curve of a chart."""
 
-    label: str  # empty for a curve behind its mean
+    label: str  # empty for the raw curve under its mean
     points: Points
     style: str = "line"  # or faint, dots (few points), level (one value all across)
     colour: str = COLOURS[0]
@@ -85,7 +85,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     other_metrics = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # also those of users
     kinds = _KINDS | {name: (describe_metric(name), "") for name in other_metrics}
     has_preferences = any("train_margin" in run.metrics for run in runs)
-    loss_unit = "mean over rows" if has_preferences else "nats per labelled token"
+    loss_unit = "mean over rows" if has_preferences else "nats per labeled token"
     if len(runs) > 1:
         losses = {"val_loss": ("Validation loss", loss_unit), "train_loss": ("Training loss", loss_unit)}
         charts = [_compare_runs(runs, name, *kind) for name, kind in (losses | kinds).items()]
@@ -138,7 +138,7 @@ def _compare_runs(runs: Sequence[Run], name: str, title: str, unit: str) -> Char
 
 
 def running_mean(points: Points) -> Points:
-    """Average each value with its neighbours on both sides, a twentieth of a curve in all; near the ends with fewer."""
+    """Average each value with its neighbors on both sides, a twentieth of a curve in all; near the ends with fewer."""
     window = np.ones(2 * (len(points) // 40) + 1)
     if len(window) == 1:
         return points

@@ -106,7 +106,7 @@ def training_facts(run: Run) -> Facts:
     applied = manifest["data"].get("settings") or {}  # null is replaced by its meaning
     flat = {**flatten(run.config), **flatten(applied, "data.")}
     counts = {"optimizer steps": "steps", "planned": "planned_steps", "tokens": "tokens"}
-    counts |= {"labelled tokens": "labelled_tokens", "rows": "rows"}
+    counts |= {"labeled tokens": "labelled_tokens", "rows": "rows"}
     trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
     base, adapter, parameters = (manifest[key] for key in ("base", "adapter", "parameters"))
     trainable, total = parameters.get("trainable") or 0, parameters.get("all") or 0

@@ -30,7 +30,7 @@ _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py", files.CARD]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Correct it, or download or save the base again."
-# A token that sees the ones behind it, as in EmbeddingGemma, would see its label.
+# A token that sees later ones, as in EmbeddingGemma, would see its label.
 _PARTS_KEYS = {"use_bidirectional_attention": Literal["vision", False] | None}
 _CONFIG_KEYS = {
     **{"model_type": str | None, "auto_map": dict | None, "quantization_config": dict | None},

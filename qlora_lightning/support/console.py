@@ -62,7 +62,7 @@ def terminal(stderr: bool = False, record: bool = False) -> Console:
 
 
 def say(what: Any) -> None:
-    """Print a line without markup, colours or added breaks, or a table of rich."""
+    """Print a line without markup, colors or added breaks, or a table of rich."""
     terminal().print(what, markup=False, soft_wrap=isinstance(what, str))
 
 

@@ -182,7 +182,7 @@ def _describe_machine(accelerator: str) -> dict[str, Any]:
     machine = {
         "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),  # with few cores, a neighbour at work spoils the figures
+        "load": round(os.getloadavg()[0], 2),  # with few cores, a neighbor at work spoils the figures
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
     }
     return machine | ({"card": torch.cuda.get_device_name()} if accelerator == "gpu" else {})

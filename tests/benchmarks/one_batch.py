@@ -51,7 +51,7 @@ class MemoryWatch:
 def measure(base: str, lengths: Sequence[int], dtype: Any) -> dict[str, Any]:
     """Train two steps of rows of these lengths with gradient checkpointing, and watch their memory.
 
-    The second half of each row is labelled. The second step has the optimizer's state; the seconds are the quicker's.
+    The second half of each row is labeled. The second step has the optimizer's state; the seconds are the quicker's.
     """
     lightning.seed_everything(child.SEED)
     batch = make_batch(lengths, vocabulary=1000)

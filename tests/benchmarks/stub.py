@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks.stub``: memory, launches and the host's time of 8B's shape, on the stub of a card.
 
 Beside PEFT and, if ``--unsloth-python`` names an interpreter that has it, Unsloth, without its compilation, which takes
-many minutes. Steps of 4,096 tokens in rows of 1,024, all labelled; rank 16 on all linears, bf16, AdamW. Then steps of
+many minutes. Steps of 4,096 tokens in rows of 1,024, all labeled; rank 16 on all linears, bf16, AdamW. Then steps of
 Qwen3-30B-A3B's shape, with adapters on attention, and of Qwen3.5-9B's, in rows of 128.
 """
 

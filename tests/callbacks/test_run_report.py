@@ -45,7 +45,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
         "reproduce": f"qlora-lightning fit --config {run}/config.yaml --trainer.default_root_dir {run}-again",
         "assessment": {
             "kind": "unknown",
-            "sentences": ["Too short to judge: 2 optimizer steps, and a judgement takes 10."],
+            "sentences": ["Too short to judge: 2 optimizer steps, and judging takes 10."],
         },
     }
     assert {name: found[name] for name in expected} == expected

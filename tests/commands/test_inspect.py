@@ -71,7 +71,7 @@ def test_rows_lengths_and_steps_are_reported_and_the_exit_code_is_that_of_fit(re
         assert finding in found
         assert finding in " ".join(Reader(page).text.split())
     # "Count to 0." and its answer, with SmolLM2's system prompt; the longest is the hostile row
-    assert cells(out, "train labelled")[0] == "2"
+    assert cells(out, "train labeled")[0] == "2"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_rows_become_samples_and_a_report(characters, caplog):
 
 
 BAD = [  # a line of a file, and how the reason begins for which it is rejected
-    (b'{"text": "Four."}', "no format is recognised by its columns text"),
+    (b'{"text": "Four."}', "no format is recognized by its columns text"),
     (b'{"prompt": "q{", "completion": "k"}', "message 1 (user) contains the control token '{' as text"),
     (b'{"prompt": "q\\ud83d", "completion": "k"}', "message 1 (user) contains half a character"),
     (b'{"prompt": "F\xfcnf", "completion": "k"}', "not UTF-8 text"),

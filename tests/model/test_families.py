@@ -62,7 +62,7 @@ def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path
 @pytest.mark.parametrize(
     ("model_type", "options", "key", "fact"),
     [
-        ("bert", {}, "base.model_type", "bert sees what comes behind a token"),
+        ("bert", {}, "base.model_type", "bert sees tokens that come after a token"),
         ("phimoe", {}, "base.model_type", "draws experts at random in training"),
         ("llama4_text", {}, "base.experts", "% of the layers' weights of a llama4_text"),
         ("mixtral", {"quantization": "int8"}, "model.quantization", "mixtral"),

@@ -16,7 +16,7 @@ SYSTEM = [1, 2, 3]
 
 
 def batch_of(*samples):
-    """Make a batch of (token ids, how many at the begin and at the end are not labelled)."""
+    """Make a batch of (token ids, how many at the begin and at the end are not labeled)."""
     ids = [list(ids) for ids, _, _ in samples]
     labels = [
         [IGNORED] * first + row[first : len(row) - last] + [IGNORED] * last

@@ -1,4 +1,4 @@
-"""The head's loss, in chunks of labelled tokens, is cross-entropy over whole logits."""
+"""The head's loss, in chunks of labeled tokens, is cross-entropy over whole logits."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]
 
 
 def head_loss(hidden, labels, head, fast=True):
-    """The loss of the labelled tokens of a stream."""
+    """The loss of the labeled tokens of a stream."""
     targets = F.pad(labels[1:], (0, 1), value=IGNORED)
     is_labelled = targets != IGNORED
     nll, correct = token_losses(hidden[is_labelled], targets[is_labelled], head, fused=fast)

@@ -44,7 +44,7 @@ def test_a_run_has_every_section_and_its_facts(pages):
         *("qlora-lightning fit --config a.yaml", "1 ✓", "1234567890abcdef1234-dirty"),
         "base package:tiny, quantization nf4, double_quant true",
         *("target_modules [q_proj]", "1,000 of 50,000 (2.00%)"),
-        "20 optimizer steps, 40 planned, 2,000 tokens, 500 labelled tokens",
+        "20 optimizer steps, 40 planned, 2,000 tokens, 500 labeled tokens",
         "learning_rate 0.001, gradient_clip_val 1.0, batch",
         *("step-000020.ckpt, val_loss 0.5000", "train: 12 rows, 400 tokens", "empty answer", "seed"),
         *("name A CPU, memory_gib 16.0", "ab" * 8, "torch 2.13.0"),

@@ -91,7 +91,7 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
     of_file = {each.name.removesuffix(".weight"): each for each in gguf.GGUFReader(file).tensors}
     for name, name_in_folder in NAMES.items():
         expected = torch.tensor(gguf.quants.dequantize(of_file[name].data, of_file[name].tensor_type)).bfloat16()
-        if name.endswith("attn_q"):  # of 9 heads, stored for a rotary embedding of neighbours, not halves
+        if name.endswith("attn_q"):  # of 9 heads, stored for a rotary embedding of neighbors, not halves
             expected = expected.unflatten(0, (9, -1, 2)).transpose(1, 2).flatten(0, 2)
         assert torch.equal(tensors.read(f"{name_in_folder}.weight"), expected), name
     files = (smollm2_folder / "config.json", smollm2_folder / "generation_config.json")

@@ -88,7 +88,7 @@ class TemplateRenderer:
         for index in wanted:
             written = text if index + 1 == len(messages) else self._apply_ended(messages[: index + 1], tools)
             generated, answer = self._render_answer(messages[: index + 1], tools, written)
-            # what a template writes behind the last stop token, as Phi-3 does, makes no other answer of it
+            # text after the last stop token, which Phi-3 writes, does not change the answer
             if text.startswith(generated[: answer.end]):
                 answers.append(answer)
             else:

@@ -20,7 +20,7 @@ def shorten(
     with the stop token: none is trained where the text does not end.
 
     ``answers`` are the indices of the trained answers of the sample; messages after the last of them are left out. If
-    no labelled token fits, there is no sample.
+    no labeled token fits, there is no sample.
 
     Raises:
         RowFault: the template rejects the remaining messages.
@@ -64,10 +64,10 @@ def _find_longest_run(sample: TokenizedSample, controls: Collection[int]) -> tup
 
 
 def split_up(sample: TokenizedSample, max_length: int, context: int | None = None) -> list[TokenizedSample]:
-    """Cut a sample into pieces of at most ``max_length`` tokens that train each labelled token exactly once.
+    """Cut a sample into pieces of at most ``max_length`` tokens that train each labeled token exactly once.
 
     Each later piece begins with the last ``context`` tokens of the one before, without labels: at least 1, to predict
-    the next from; by default a quarter of ``max_length``. Pieces without a labelled token are left out, so there may
+    the next from; by default a quarter of ``max_length``. Pieces without a labeled token are left out, so there may
     be none.
     """
     ids, labels = sample

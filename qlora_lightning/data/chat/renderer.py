@@ -38,8 +38,8 @@ class TokenizedSample(NamedTuple):
 class ChatRenderer:
     """Renders conversations, texts and tokens with one tokenizer; settings are those of the data module.
 
-    A row is written as text, encoded as a whole, and labelled: the character offsets of its tokens locate the answers.
-    Every row is checked: the ids before an answer are those that generation would begin with, and the labelled ids
+    A row is written as text, encoded as a whole, and labeled: the character offsets of its tokens locate the answers.
+    Every row is checked: the ids before an answer are those that generation would begin with, and the labeled ids
     decode to the answer and its stop token. ``template`` renders conversations as text.
     """
 
@@ -185,7 +185,7 @@ class ChatRenderer:
             # Qwen's tokenizers compose accents (NFC), others also spell out ligatures (NFKC); sentencepiece decoders
             # drop a space at the start
             if normalize("NFKC", decoded).lstrip(" ") != normalize("NFKC", expected).lstrip(" "):
-                raise RowFault(f"the labelled tokens decode to {decoded!r}, not to the answer {expected!r}")
+                raise RowFault(f"the labeled tokens decode to {decoded!r}, not to the answer {expected!r}")
             labels[start:end] = ids[start:end]
         return _label_all(ids) if self.train_on == "all" else TokenizedSample(ids, [IGNORED, *labels[1:]])
 

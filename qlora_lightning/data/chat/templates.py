@@ -224,7 +224,7 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
 def _find_turn_end(tokenizer: Any) -> int | None:
     """Return the id of the control token that ends an answer; None if there is none.
 
-    It is the first one behind the answer. Only if generation does not stop there, it is the first before another
+    It is the first one after the answer. Only if generation does not stop there, it is the first before another
     question at which it does: Cohere's templates write two tokens, and GLM's end an answer by the next turn's header.
     """
     stop_ids = find_stop_ids(tokenizer)

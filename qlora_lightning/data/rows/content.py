@@ -198,7 +198,7 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
     roles = [message["role"] for message in conversation]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if "system" in turns:
-        raise RowFault("a system message must come first, found one behind other messages")
+        raise RowFault("a system message must come first, found one after other messages")
     if turns[:1] != ["user"]:
         raise RowFault(f"the conversation must begin with a user turn, found {turns[0] if turns else 'none'}")
     if needs_answer and "assistant" not in turns:

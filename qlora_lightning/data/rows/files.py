@@ -130,7 +130,7 @@ _Values = dict[str, Any] | RowFault
 def find_sources(
     value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]], split: str, default: Source
 ) -> list[Source]:
-    """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
+    """Find the files of ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
     The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``;
     or a list of these. What an entry does not name is taken from ``default``.

@@ -50,7 +50,7 @@ class RowConverter:
 
     def __init__(self, source: Source, needs_answer: bool = True, pairs: bool = False) -> None:
         self.source, self.needs_answer, self.pairs = source, needs_answer, pairs
-        self.formats: list[str] = []  # names of the recognised ones, in order of appearance
+        self.formats: list[str] = []  # names of the recognized ones, in order of appearance
         self.unread_columns: list[str] = []  # under our names
         self.absent_columns = set(source.columns)  # mapped columns that no row has
         self._unrecognised: Row | None = None  # the first row that no format fits
@@ -62,7 +62,7 @@ class RowConverter:
         if first is not None and not self.formats:
             expected = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in _RECOGNISED)
             raise UserError(
-                f"{first.where}: no format is recognised by the keys {', '.join(first.values) or '(none)'}; "
+                f"{first.where}: no format is recognized by the keys {', '.join(first.values) or '(none)'}; "
                 f"expected {expected}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
                 "`format: text`, any other shape by a function, `format: package.module.function`."
                 f"{_hint_at_delimiter(first)}",
@@ -80,7 +80,7 @@ class RowConverter:
         form = self._find_format(row)
         if form is None:
             self._unrecognised = self._unrecognised or row
-            raise rows.RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
+            raise rows.RowFault(f"no format is recognized by its columns {', '.join(row.values)}")
         if form.name not in self.formats:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:

@@ -19,7 +19,7 @@ chosen high (_plain_saved_bytes). What a mixer, as a scan, saves is counted on a
 It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
 memory that is left free; attention's scores if no kernel avoids them, and keys and values for all heads where samples
 are computed one by one, with narrow windows or sinks on an older GPU; copies of shared beginnings of samples; what
-torch's operations take where Triton does not work. It counts each token as labelled, and each optimizer as AdamW unless
+torch's operations take where Triton does not work. It counts each token as labeled, and each optimizer as AdamW unless
 it is an 8-bit one. On a CPU it only tells whether memory is short.
 """
 

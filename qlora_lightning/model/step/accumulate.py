@@ -1,7 +1,7 @@
 """From batches to the gradients of an optimizer step: the window, and passes that fit into memory.
 
 Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by its
-labelled tokens over all ranks: every token weighs the same, however the rows were cut into micro-batches and ranks.
+labeled tokens over all ranks: every token weighs the same, however the rows were cut into micro-batches and ranks.
 """
 # mypy: allow-untyped-calls
 

@@ -79,7 +79,7 @@ class Expansion(_DeviceMovable):
 class SampleGroups(_DeviceMovable):
     """Samples of similar lengths side by side, padded on the right, for layers whose state runs through a row.
 
-    A causal layer computes the same of a sample, whatever comes behind it.
+    A causal layer computes the same for a sample, whatever follows it.
 
     Attributes:
         shapes: Samples and tokens, padding included, of each group.
@@ -296,7 +296,7 @@ def find_computed(
     predict_index = [np.flatnonzero(mask).tolist() for mask in predicts]
     lengths = [indices[-1] + 1 if indices else 1 for indices in predict_index]
     shareable = [indices[0] if indices else 0 for indices in predict_index]
-    # Any order by the first token that differs: neighbours share the longest beginnings.
+    # Any order by the first token that differs: neighbors share the longest beginnings.
     order = sorted(range(len(tokens)), key=lambda sample: tokens[sample].tobytes())
     shared = [0] * len(tokens)
     for previous, sample in itertools.pairwise(order):

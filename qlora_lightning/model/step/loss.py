@@ -1,4 +1,4 @@
-"""Next-token loss on labelled tokens only; a packed batch's ``(tokens, vocabulary)`` logits never exist all at once."""
+"""Next-token loss on labeled tokens only; a packed batch's ``(tokens, vocabulary)`` logits never exist all at once."""
 # mypy: allow-untyped-calls
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from qlora_lightning.model.layers.select import has_hooks
 from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.support.errors import UserError
 
-_MAX_LOGIT_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no faster
+_MAX_LOGIT_ROWS = 512  # labeled tokens whose logits exist at a time: more make the head's product no faster
 _LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of a vocabulary of 128,256 in bf16
 _LOGIT_BYTES_OF_GPU = 128 << 20  # on a GPU: 512 such rows, whose products fill it
 
@@ -152,13 +152,13 @@ def reject_uncounted(what: str) -> None:
 
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
-    """Return the number of labelled tokens whose logits exist at a time."""
+    """Return the number of labeled tokens whose logits exist at a time."""
     most_bytes = _LOGIT_BYTES if device == "cpu" else _LOGIT_BYTES_OF_GPU
     return max(1, min(_MAX_LOGIT_ROWS, most_bytes // (vocabulary * number_bytes)))
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
-    """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
+    """Compute the loss of each labeled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 
     The logits of some tokens exist at a time: see :func:`logits_chunk_size`. ``hidden`` has the last states, after the
     final norm, ``(K, width)``; ``head`` is that of :func:`lm_head_of`. If ``fused``, a frozen head's gradient is
@@ -279,7 +279,7 @@ def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, si
         checkpoint(losses, hidden[start : start + size], targets[start : start + size], use_reentrant=False)
         for start in range(0, len(targets), size)
     ]
-    if not chunks:  # keeps the graph connected if nothing is labelled
+    if not chunks:  # keeps the graph connected if nothing is labeled
         return hidden.sum(-1).float() * 0.0, torch.zeros_like(targets, dtype=torch.bool)
     nll, correct = map(torch.cat, zip(*chunks, strict=True))
     return nll, correct

@@ -37,7 +37,7 @@ def conversations(draw):
 
 
 def labelled_stretches(rendered):
-    """First and last + 1 of each stretch of labelled tokens."""
+    """First and last + 1 of each stretch of labeled tokens."""
     edges = [n for n, (a, b) in enumerate(itertools.pairwise([-100, *rendered.labels, -100])) if (a < 0) != (b < 0)]
     return list(zip(edges[::2], edges[1::2], strict=True))
 

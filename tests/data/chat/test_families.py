@@ -77,7 +77,7 @@ REJECTED = {
 
 
 def trained(samples):
-    """Return the sample, start and end of each stretch of labelled tokens, in the order of the conversation."""
+    """Return the sample, start and end of each stretch of labeled tokens, in the order of the conversation."""
     stretches = []
     for sample in samples:
         edges = [i for i in range(1, len(sample.ids)) if (sample.labels[i] < 0) != (sample.labels[i - 1] < 0)]

@@ -106,7 +106,7 @@ ROWS = [  # row, what it becomes, settings
     ({"q": "u", "a": "a", "input": "no"}, [U, A], {"columns": {"q": "instruction", "a": "output", "input": None}}),
     ({"question": "a", "answer": "u"}, [U, A], {"columns": {"question": "answer", "answer": "question"}}),
     ({"question": "u", "answer": "a"}, "two of question, answer the same name", {"columns": {"question": "answer"}}),
-    ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognised by the keys instuction, output", {}),
+    ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognized by the keys instuction, output", {}),
     ({"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}, "alpaca and prompt_completion: name", {}),
     ({"instruction": "u", "output": "a", "prompt": "a", "completion": "b"}, [U, A], {"format": "alpaca"}),
     ({"instruction": "u", "output": "a"}, "found 'alpacca'. Did you mean 'alpaca'?", {"format": "alpacca"}),

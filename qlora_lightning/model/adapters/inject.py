@@ -264,8 +264,8 @@ def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> 
     untied = {*names} & {name.rpartition(".")[2] for name in (*(config.target_modules or ()), *saved)}
     if untied and getattr(base.config, "tie_word_embeddings", False):
         raise UserError(
-            f"{source} trains {', '.join(sorted(untied))}, but this base ties head and embedding: training one alone "
-            f"would part them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
+            f"{source} trains {', '.join(sorted(untied))}, but this base ties head and embedding: training only one "
+            f"unties them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
             "base.tied",
         )
 

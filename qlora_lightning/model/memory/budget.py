@@ -1,4 +1,4 @@
-"""How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
+"""Plan how many tokens go through the model at a time and with which checkpointing, and lower the number if needed."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,36 +18,36 @@ MicroBatchTokens = int | Literal["auto"]
 
 
 class RowDoesNotFit(UserError):
-    """Memory ran out in a single row, and no other choice of checkpointing is left."""
+    """Memory ran out on a single row, and no other choice of checkpointing is left."""
 
 
 class TokenBudget(Callback):
-    """The number of tokens that go through the model at a time, in whole rows, by ``micro_batch_tokens``.
+    """Set how many tokens go through the model at a time, in complete rows, from ``micro_batch_tokens``.
 
-    The module adds it in ``configure_callbacks``: a fit is planned before its base is loaded. Evaluations take the
-    number of the fit before.
+    The module adds this callback in ``configure_callbacks``, because a fit is planned before its base is loaded.
+    Evaluations use the number from the preceding fit.
 
     Args:
         setting: A number, or ``auto`` to find one.
 
     Attributes:
         tokens: The current number.
-        fits: The current choice of checkpointing, then those to try in turn if a single row does not fit; each with the
-            number of tokens that it begins with.
+        fits: The current choice of checkpointing, then the choices to try next, in order, if a single row does not fit.
+            Each comes with its initial number of tokens.
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
         self.setting, self.is_auto = setting, setting == "auto"
         self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
         self.tokens = self._unplanned
-        self._fitted = 0  # the most tokens of a micro-batch that was trained on in this fit, since memory ran out
+        self._fitted = 0  # the most tokens that any micro-batch of this fit had, since memory ran out
         self.fits = [Fit(self.tokens, Checkpointing())]
         self._checkpointing = GradientCheckpointing()
-        self._memory = 0  # bytes for a step and its base, before this is loaded
-        self._restored: dict[str, Any] | None = None  # what a checkpoint had
+        self._memory = 0  # bytes for a step and its base, before the base is loaded
+        self._restored: dict[str, Any] | None = None  # the state from a checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Plan a fit: under ``auto`` choose by the formula, before any weight is downloaded or loaded.
+        """Plan a fit; ``auto`` chooses by the formula, before any weight is downloaded or loaded.
 
         See :func:`~qlora_lightning.model.memory.fit.plan_fits`.
         """
@@ -57,7 +57,10 @@ class TokenBudget(Callback):
             self.plan(pl_module)
 
     def plan(self, module: Any) -> None:
-        """Choose, also once more if layers will run in another way: of what was free before the base was loaded."""
+        """Choose tokens and checkpointing for the memory that was free before the base was loaded.
+
+        This runs again if layers will run in a different way.
+        """
         choices = self._checkpointing.choices(on_cuda=module.trainer.strategy.root_device.type == "cuda")
         planned = plan_fits(module, choices, self._memory) if self.is_auto else None
         self.fits = planned or [Fit(self._unplanned, choice) for choice in choices]
@@ -69,7 +72,7 @@ class TokenBudget(Callback):
         """Print the plan.
 
         Raises:
-            UserError: Checkpointing is needed, and transformers has none for this type.
+            UserError: If checkpointing is needed, but transformers has none for this type.
         """
         module: Any = pl_module
         causal_lm = module.causal_lm
@@ -77,30 +80,30 @@ class TokenBudget(Callback):
             self.fits = [fit for fit in self.fits if not fit.choice.checkpointed]
             if not self.fits:
                 raise UserError(
-                    f"A {causal_lm.config.model_type} of transformers has no gradient checkpointing, and it is asked "
-                    "for, or a row does not fit without: set gradient_checkpointing.enabled to false, or a smaller "
-                    "data.max_length.",
+                    f"A {causal_lm.config.model_type} of transformers has no gradient checkpointing, but it is turned "
+                    "on, or a row does not fit without it: set gradient_checkpointing.enabled to false, or set a "
+                    "smaller data.max_length.",
                     "gradient_checkpointing.enabled",
                 )
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.fits[0].choice}.")
 
     def record(self, part: Mapping[str, Any]) -> None:
-        """Record that a part of a batch fitted into memory; evaluations take less than training."""
+        """Record that a part of a batch fit into memory; evaluations need less memory than training."""
         if torch.is_grad_enabled():
             self._fitted = max(self._fitted, part["input_ids"].numel())
 
     def lower(self, shortage: OutOfMemory, cutter: Cutter) -> None:
-        """Take less memory than a part took: a fifth fewer tokens or, for a single row, the next checkpointing.
+        """Use less memory than a part needed: a fifth fewer tokens or, for a single row, the next checkpointing.
 
         Raises:
-            RowDoesNotFit: No choice is left.
-            UserError: The base is sharded.
+            RowDoesNotFit: If no choice is left.
+            UserError: If the base is sharded.
         """
         device, part = cutter.device, shortage.part
         if torch.is_grad_enabled():
-            # autograd's thread of a GPU may still hold tensors of the backward that failed: it frees them before this
+            # autograd's thread for a GPU may still hold tensors of the failed backward; it frees them before this one
             torch.autograd.backward(torch.zeros((), device=device, requires_grad=True))
-        torch.cuda.empty_cache()  # does nothing without one
+        torch.cuda.empty_cache()  # does nothing without a GPU
         if cutter.sharded_base is not None:
             raise UserError(
                 f"Out of memory on {device} under a sharded base, whose other processes wait in their passes: "
@@ -113,7 +116,7 @@ class TokenBudget(Callback):
         if n_rows > 1:
             if tokens > self._fitted:
                 self.tokens = max(tokens * 4 // 5, self._fitted)
-            else:  # as a short part after larger ones: less memory is free now
+            else:  # such as a short part after larger ones: less memory is free now
                 self.tokens = min(self.tokens, self._fitted) * 4 // 5
             self._fitted = 0
             say(
@@ -129,7 +132,7 @@ class TokenBudget(Callback):
                 "about a third slower."
             )
         else:
-            # checkpointing does not help a pass without gradients
+            # checkpointing does not help in a pass without gradients
             checkpoints = self.fits[0].choice.checkpointed or not torch.is_grad_enabled()
             on_cuda = device.type == "cuda"
             in_4_bits = getattr(cutter.causal_lm, "is_loaded_in_4bit", False)
@@ -142,11 +145,11 @@ class TokenBudget(Callback):
             )
 
     def capture(self) -> dict[str, Any]:
-        """Return what a resumed run restores in this process; Lightning would keep the state of one process only."""
+        """Return the state that a resumed run restores in this process; Lightning would keep only one process's."""
         return {"setting": self.setting, "tokens": self.tokens, "checkpointing": list(self.fits[0].choice)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what a run had found, its tokens only if the setting is the same."""
+        """Restore the choices that a run had found; restore its tokens only if the setting is the same."""
         self._restored = state
         choices = [fit.choice for fit in self.fits]
         choice = Checkpointing(*state["checkpointing"])

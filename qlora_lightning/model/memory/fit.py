@@ -1,4 +1,4 @@
-"""Find by the formula how a step fits: how many tokens at a time, and with which checkpointing."""
+"""Use the formula to find how a step fits: how many tokens at a time, and with which checkpointing."""
 
 import gc
 from bisect import bisect_right
@@ -25,22 +25,22 @@ from qlora_lightning.sources.tensors import format_gib
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
-TOKENS_OF_A_CPU = 8192  # more make its products no faster
-USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula omits
-_USABLE_ON_CPU = 0.7  # its heap has more fragments, and oneDNN keeps code for each shape
+TOKENS_OF_A_CPU = 8192  # more tokens do not make its products faster
+USABLE = 0.9  # fraction of the memory; the rest is for fragments, and for things that the formula omits
+_USABLE_ON_CPU = 0.7  # a CPU's heap has more fragments, and oneDNN keeps code for each shape
 _MAX_TOKENS = 1 << 20
 _FEW_TOKENS = 512
 
 
 class Fit(NamedTuple):
-    """How a step fits: the most ``tokens`` of a micro-batch, 0 if the longest row does not fit."""
+    """How a step fits: the most ``tokens`` per micro-batch, or 0 if the longest row does not fit."""
 
     tokens: int
     choice: Checkpointing
 
 
 def list_remedies(*, in_4_bits: bool, checkpoints: bool, on_cuda: bool) -> str:
-    """List settings that take less memory; ``checkpoints`` says that checkpointing is on, or no remedy."""
+    """List settings that need less memory; ``checkpoints`` says that checkpointing is already on or would not help."""
     remedies = ["a smaller data.max_length", "a smaller model.rank", "a smaller model.base"]
     remedies += [] if in_4_bits else ["model.quantization: nf4"]
     remedies += [] if checkpoints else ["gradient_checkpointing.enabled: auto"]
@@ -49,16 +49,16 @@ def list_remedies(*, in_4_bits: bool, checkpoints: bool, on_cuda: bool) -> str:
 
 
 def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> list[Fit]:
-    """Find the choices of checkpointing with which the longest row fits alone; the last one, if it does with none.
+    """Find the choices of checkpointing with which the longest row fits alone; if there are none, return the last one.
 
-    ``usable`` is in bytes, ``longest`` in tokens. Each choice takes less memory than the one before.
+    ``usable`` is in bytes, ``longest`` in tokens. Each choice needs less memory than the previous one.
     """
     fits = []
     for choice in choices:
         tokens = bisect_right(range(_MAX_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
         fits.append(Fit(tokens, choice))
     enough = [fit for fit in fits if fit.tokens >= longest]
-    # with few tokens at a time, checkpointing costs less than to make weights dense again for each part
+    # with few tokens at a time, checkpointing costs less than making weights dense again for each part
     return [fit for fit in enough if fit.tokens >= _FEW_TOKENS] or enough or [Fit(0, choices[-1])]
 
 
@@ -70,17 +70,17 @@ def plan_step(
     sharded_offload: bool | None,
     samples: Any = None,
 ) -> tuple[peft.PeftModel, StepMemory]:
-    """Build the model of a module on the meta device, and the formula of its step.
+    """Build a module's model on the meta device, and the formula for its step.
 
-    ``dtype`` is that of the products, ``samples`` are those of the training rows, ``None`` if unknown; for the others
-    see :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
+    ``dtype`` is the dtype of the products. ``samples`` are those of the training rows, or ``None`` if unknown. For the
+    other arguments, see :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
     """
     quantization_config = getattr(config, "quantization_config", None)
     double_quant = check_quantization(quantization_config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     base = meta_base(config, dtype, module.quantization)
     if folder is not None:
-        settings_of_folder(folder, base, module.adapter_options)  # rejects others
+        settings_of_folder(folder, base, module.adapter_options)  # rejects settings that differ
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
@@ -91,19 +91,20 @@ def plan_step(
 
 
 def memory_for_step(device: torch.device) -> int:
-    """Read how many bytes a step may take before its base is loaded, with CUDA's context, which is in the formula."""
+    """Read how many bytes a step may use before its base is loaded, including CUDA's context (see the formula)."""
     gc.collect()  # the model of an earlier run in this process is in reference cycles
     return free_bytes(device) + CONTEXT_BYTES  # the context exists already
 
 
 def plan_fits(module: Module, choices: Sequence[Checkpointing], memory: int) -> list[Fit] | None:
-    """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
+    """Plan a fit for each choice with which the longest row fits, before any weight is downloaded or loaded.
 
-    ``memory`` is what :func:`memory_for_step` has read. Returns ``None`` if the base has code of its own, or
-    ``build_model`` is overridden: these may not work on the meta device.
+    ``memory`` is the number that :func:`memory_for_step` read. Return ``None`` if the base has its own code or
+    ``build_model`` is overridden, because these may not work on the meta device.
 
     Raises:
-        UserError: The longest row does not fit on the GPU with any choice, by a formula and not an estimate.
+        UserError: If the longest row does not fit on the GPU with any choice, according to a formula and not an
+            estimate.
     """
     if module.overrides("build_model"):
         return None
@@ -122,9 +123,9 @@ def plan_fits(module: Module, choices: Sequence[Checkpointing], memory: int) -> 
     longest = min(longest, _MAX_TOKENS - 1)
     on_gpu = device.type == "cuda"
     fits = find_fits(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
-    if not on_gpu:  # for a CPU the formula only tells whether memory is short
+    if not on_gpu:  # for a CPU, the formula only tells whether memory is short
         return [fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU)) for fit in fits]
-    if not fits[0].tokens and step.is_fused:  # else that is an estimate, and the longest row is tried
+    if not fits[0].tokens and step.is_fused:  # if not fused, this is an estimate, and the longest row is tried
         choice = fits[0].choice
         planned, fixed = sum(step.parts(longest, choice).values()), sum(step.fixed.values())
         in_4_bits = module.quantization in ("nf4", "fp4")
@@ -132,8 +133,8 @@ def plan_fits(module: Module, choices: Sequence[Checkpointing], memory: int) -> 
         raise UserError(
             f"{module.base} does not fit: {choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(planned)} ({format_gib(fixed)} without its activations), and {device} has "
-            f"{format_gib(USABLE * memory)} for it. What is left: {remedies}. A number as "
-            "model.micro_batch_tokens tries it without a plan.",
+            f"{format_gib(USABLE * memory)} for it. What is left: {remedies}. To try it without a plan, set "
+            "model.micro_batch_tokens to a number.",
             "memory.row",
         )
     return [fit._replace(tokens=fit.tokens or longest) for fit in fits]

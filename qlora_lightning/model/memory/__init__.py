@@ -1,1 +1,1 @@
-"""The memory of a training step, planned from shapes alone."""
+"""Plan the memory of a training step from shapes only."""

@@ -1,4 +1,4 @@
-"""The peak memory of a training step on a CUDA device: one formula, from shapes alone, that can be computed by hand.
+"""The peak memory of a training step on a CUDA device: one formula of shapes only, which can be computed by hand.
 
     peak = base + scales + vocabulary           in their stored form, or a process's share of them
          + trainable numbers · (4 weight + 4 gradient + 8 averages of AdamW + 2 copy in 16 bits)
@@ -7,20 +7,28 @@
          + tokens · activations                 of all layers, saved for backward
          + workspace                            of one layer or of the head, whichever takes more
 
-For Llama-3.1-8B with rank 8 a layer saves 94,456 bytes a token, or with checkpointing 8,192, its input. The workspace
-of a layer is a hidden state, its output or the gradient of it, an MLP's state and a dense weight; if it is checkpointed
-also what it saves. (Of an int8 base bitsandbytes' product may take more than these. In a long stream, whose MLP is
-computed in pieces, attention's backward takes more: see _attention_bytes.) That of the head is three hidden states
-(what the last norm saves, what predicts labels, the gradient) and the logits of some tokens.
+For Llama-3.1-8B with rank 8, a layer saves 94,456 bytes per token. With checkpointing, it saves only its input, 8,192
+bytes. A layer's workspace consists of a hidden state, the layer's output or its gradient, an MLP's state and a dense
+weight. A checkpointed layer also needs what it saves. (With an int8 base, bitsandbytes' product may need more than
+these. In a long stream, whose MLP is computed in pieces, attention's backward needs more: see _attention_bytes.) The
+workspace of the head consists of three hidden states (saved by the last norm, used to predict labels, and the
+gradient) and the logits of some tokens.
 
-Layers that do not run fused are those of transformers and PEFT, and have no formula: what they save is an estimate,
-chosen high (_plain_saved_bytes). What a mixer, as a scan, saves is counted on a row without numbers (_mixer_bytes).
+Layers that do not run fused are those of transformers and PEFT. They have no formula: the bytes that they save are an
+estimate, chosen high (_plain_saved_bytes). The bytes that a mixer, such as a scan, saves are counted on a row without
+numbers (_mixer_bytes).
 
-It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
-memory that is left free; attention's scores if no kernel avoids them, and keys and values for all heads where samples
-are computed one by one, with narrow windows or sinks on an older GPU; copies of shared beginnings of samples; what
-torch's operations take where Triton does not work. It counts each token as labeled, and each optimizer as AdamW unless
-it is an 8-bit one. On a CPU it only tells whether memory is short.
+The formula omits:
+
+* gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which use part of the tenth of the memory
+  that is left free
+* attention's scores, if no kernel avoids them
+* keys and values for all heads, if samples are computed one at a time: with narrow windows or sinks, on an older GPU
+* copies of shared beginnings of samples
+* the memory of torch's operations, if Triton does not work
+
+It counts every token as labeled, and every optimizer as AdamW unless it is an 8-bit one. On a CPU, it only tells
+whether memory is short.
 """
 
 import math
@@ -47,12 +55,12 @@ from qlora_lightning.model.step.layout import MOST_PADDING
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
 
 FLOAT = 4  # bytes of a float32
-CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context and kernels: some 300 to 600 MB, by GPU
-_CUBLAS_BYTES = 2 * 32 << 20  # workspaces of the threads of forward and backward: 32 MiB each on 9.0, 8 on others
-_ROUNDED = 0.03  # of what trains: a block may be up to 1 MiB larger than asked for
-_BATCH_BYTES = 1024  # of a token: ids, positions, angles, the loss
-_MIXER_TOKENS = 512  # of a row in which a mixer is counted
-_PLAIN_MLP_STATES = 4  # in backward of a layer that is not fused
+CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context and kernels: about 300 to 600 MB, depending on the GPU
+_CUBLAS_BYTES = 2 * 32 << 20  # workspaces of the forward and backward threads: 32 MiB each on 9.0, 8 on others
+_ROUNDED = 0.03  # fraction of trained tensors: a block may be up to 1 MiB larger than requested
+_BATCH_BYTES = 1024  # per token: ids, positions, angles, the loss
+_MIXER_TOKENS = 512  # length of the row on which a mixer is counted
+_PLAIN_MLP_STATES = 4  # in the backward of a layer that is not fused
 
 
 @dataclass(frozen=True)
@@ -60,21 +68,21 @@ class StepMemory:
     """Memory of a training step on one device.
 
     Attributes:
-        fixed: Bytes by part that do not depend on the number of tokens.
-        hidden: Bytes of a token's hidden state, which is the input of each layer.
-        logits: Bytes of a token's logits, with what their loss makes of them.
+        fixed: Bytes that do not depend on the number of tokens, by part.
+        hidden: Bytes of a token's hidden state, the input of each layer.
+        logits: Bytes of a token's logits, including the tensors that their loss makes from them.
         logit_rows: How many tokens have logits at a time.
-        held_logits: Bytes of a token's logits of all rows, of one and of their gradient; 0 if the logits of some tokens
-            exist at a time. They are held by a type that runs a row at a time.
-        layers: Number of decoder layers from the first that trains on; those below save nothing.
-        saved: Bytes per token that one of these saves for backward, its input included.
+        held_logits: Bytes of a token's logits, counted for all rows, for one row and for their gradient. 0 if only the
+            logits of some tokens exist at a time. A type that runs a row at a time holds all of them.
+        layers: Number of decoder layers, starting with the first that trains; layers below save nothing.
+        saved: Bytes per token that one of these layers saves for backward, including its input.
         mlp: Bytes of a token's state inside the MLP.
-        is_fused: Whether layers run fused: one such state exists beside what is saved, and a checkpointed layer has
-            gate and up of :data:`PIECE_TOKENS` tokens at a time.
-        attention: Bytes of a token in the backward of attention, beside what is saved; 0 if layers do not run fused.
+        is_fused: Whether layers run fused. If so, only one such state exists in addition to the saved tensors, and a
+            checkpointed layer has gate and up for :data:`PIECE_TOKENS` tokens at a time.
+        attention: Bytes per token in attention's backward, not counting saved tensors; 0 if layers do not run fused.
         dense: Bytes of the largest quantized weight, dequantized for a product.
-        int8: Bytes of a token in the largest int8 product: int8 input, sums in int32 and in float16, and the output.
-        gathered: Bytes of a sharded base that are gathered at a time: in a layer, in the head.
+        int8: Bytes per token in the largest int8 product: int8 input, sums in int32 and in float16, and the output.
+        gathered: Bytes of a sharded base gathered at a time: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
     """
 
@@ -94,14 +102,14 @@ class StepMemory:
     host_base: int
 
     def parts(self, tokens: int, choice: Checkpointing) -> dict[str, int]:
-        """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; the peak is their sum."""
+        """Return the peak bytes by part for a micro-batch of ``tokens`` computed tokens; the peak is their sum."""
         hidden, saved = float(tokens * self.hidden), tokens * self.saved
         saved_per_layer = saved if not choice.checkpointed else 0 if choice.offload else hidden
         mlp_tokens = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.is_fused else tokens
         states = 1 if self.is_fused else _PLAIN_MLP_STATES
         mlp_workspace = hidden + max(states * mlp_tokens * self.mlp + self.dense, mlp_tokens * self.int8)
         attention_workspace = tokens * (self.attention - 2 * self.mlp)  # gate and up are no longer saved
-        if choice.checkpointed:  # of the MLP's other pieces it has no gate and up, but the gradient
+        if choice.checkpointed:  # for the MLP's other pieces, the gradient exists, but gate and up do not
             mlp_workspace -= (tokens - mlp_tokens) * (2 * self.mlp - self.hidden)
         recomputed = saved - saved_per_layer if choice.checkpointed else 0
         layer_workspace = recomputed + max(mlp_workspace, attention_workspace)
@@ -111,7 +119,7 @@ class StepMemory:
         return {**self.fixed, "gathered": gathered, "activations": activations, "workspace": workspace}
 
     def host_bytes(self, tokens: int, choice: Checkpointing) -> int:
-        """Return the bytes in host memory: a sharded base, and offloaded inputs of layers."""
+        """Return the bytes in host memory: a sharded base, and offloaded layer inputs."""
         return self.host_base + choice.offload * self.layers * _pinned_bytes(tokens * self.hidden)
 
 
@@ -125,10 +133,10 @@ def build_step_memory(
     sharded_offload: bool | None = None,
     row_tokens: float = 512,
 ) -> StepMemory:
-    """Build the formula of a model on the meta device whose fused layers are chosen.
+    """Build the formula for a model on the meta device whose fused layers have been chosen.
 
-    ``row_tokens`` is the length of short rows: attention's backward takes 128 tokens more for each.
-    ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory.
+    ``row_tokens`` is the length of short rows; attention's backward needs memory for 128 more tokens per row.
+    ``sharded_offload`` is ``None`` if each process holds the entire base, else whether the shards are in host memory.
     """
     causal_lm: Any = model.get_base_model()
     fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)
@@ -137,7 +145,7 @@ def build_step_memory(
     fixed["scales"] = scales + scales // 256 * FLOAT if double_quant else scales * FLOAT
     n_trainable = sum(tensor.numel() for tensor in trainable_tensors(model).values())
     fixed["adapters"] = FLOAT * n_trainable
-    fixed["gradients"] = FLOAT * n_trainable * (2 if processes > 1 else 1)  # DDP has a copy
+    fixed["gradients"] = FLOAT * n_trainable * (2 if processes > 1 else 1)  # DDP keeps a copy
     fixed["optimizer"] = (2 if "8bit" in str(optimizer) else 2 * FLOAT) * n_trainable
     fixed["copies"] = dtype.itemsize * n_trainable
     trained = sum(fixed[part] for part in ("adapters", "gradients", "optimizer", "copies"))
@@ -153,7 +161,7 @@ def build_step_memory(
     sizes = [linear_sizes(module) for module in modules]
     dense = max([math.prod(size) for size in [*sizes, *(module.shape[1:] for module in experts)]])
     dense += max((math.prod(module.shape) // 64 * FLOAT // dtype.itemsize for module in experts), default=0)  # scales
-    # an MLP's state, and those of all of a token's experts
+    # one MLP state, or the states of all of a token's experts
     mlp = max([*map(max, sizes), *(experts_per_token(causal_lm.config) * max(module.shape[1:]) for module in experts)])
     in_int8 = [linear_sizes(module) for module in layers[-1].modules() if isinstance(module, bnb.nn.Linear8bitLt)]
     found = {type(each): each for layer in layers for each in layer.children() if isinstance(each, PackedMixer)}
@@ -161,7 +169,8 @@ def build_step_memory(
     mixers = {kind: _mixer_bytes(each, causal_lm.config.hidden_size, dtype, row) for kind, each in found.items()}
     head = lm_head_of(causal_lm)
     vocabulary = len(causal_lm.get_output_embeddings().weight)
-    # a frozen head's gradient overwrites its logits; else autograd has these in float32, their log-softmax, and both's
+    # a frozen head's gradient overwrites its logits; otherwise autograd keeps the logits in float32, their log-softmax
+    # and the gradients of both
     logit_bytes = dtype.itemsize if is_frozen_linear(head) else 2 * dtype.itemsize + 3 * FLOAT
     return StepMemory(
         fixed,
@@ -186,7 +195,7 @@ def _is_fused(layer: nn.Module) -> bool:
 
 
 def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype, mixers: Mapping[type, float]) -> float:
-    """Return the bytes per token that a layer saves for backward; ``mixers`` are those of each class of mixers."""
+    """Return the bytes per token that a layer saves for backward; ``mixers`` has the bytes for each mixer class."""
     if not _is_fused(layer):
         in_mixers = sum(mixers.get(type(module), 0.0) for module in layer.children())
         return _plain_saved_bytes(config, layer, dtype) + (1 + MOST_PADDING) * in_mixers
@@ -194,36 +203,36 @@ def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype, mixers: Mapping[ty
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     heads = queries // attention.head_dim
     ranks = sum(sum(module.r.values()) for module in layer.modules() if isinstance(module, LoraLayer))
-    # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
+    # inputs of both norms; queries and attention output; keys and values; gate and up; x A of all adapters
     elements = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
     floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
-    if hasattr(attention, "q_norm"):  # queries and keys before their norms
+    if hasattr(attention, "q_norm"):  # queries and keys as inputs of their norms
         elements, floats = elements + queries + keys, floats + (queries + keys) // attention.head_dim
     return float(elements * dtype.itemsize + floats * FLOAT)
 
 
 def _plain_saved_bytes(config: Any, layer: nn.Module, dtype: torch.dtype) -> float:
-    """Estimate the bytes per token that a layer of transformers and PEFT saves for backward, and rather too many.
+    """Estimate, on the high side, the bytes per token that a layer of transformers and PEFT saves for backward.
 
-    Inputs and outputs of all linears of the base twice, once for what is made of them, and eight hidden states in
-    float32, for norms; for a type that runs a row at a time, with scores or recurrent states, double. Autograd keeps 46
-    to 80 % of it in the shapes that come with the recipes, with or without dropout.
+    Counts the inputs and outputs of all linears of the base twice, because as much is derived from them, plus eight
+    hidden states in float32 for norms. A type that runs a row at a time, with scores or recurrent states, counts
+    double. Autograd keeps 46 to 80 % of this for the shapes in the recipes, with or without dropout.
     """
     modules = [module for name, module in layer.named_modules() if ".lora_" not in name]
     experts = [module for module in modules if isinstance(module, PackedExperts)]
     sizes = [linear_sizes(module) for module in modules if isinstance(module, LINEARS) and module not in experts]
     expert_sizes = [module.shape[1:] for module in experts]
-    expert_sizes += [weight.shape[1:] for weight in layer.parameters() if weight.dim() == 3]  # in 16 bits
+    expert_sizes += [weight.shape[1:] for weight in layer.parameters() if weight.dim() == 3]  # experts in 16 bits
     states = sum(map(sum, sizes)) + experts_per_token(config) * sum(map(sum, expert_sizes))
     saved = 2 * states * dtype.itemsize + 8 * config.hidden_size * FLOAT
     return float(saved if runs_packed(config) else 2 * saved)
 
 
 def _mixer_bytes(mixer: Any, width: int, dtype: torch.dtype, row_tokens: int) -> float:
-    """Return the bytes per token of a row that a mixer saves between its linears, in the operations of torch.
+    """Return the bytes per token of a row that a mixer saves between its linears, with torch's operations.
 
-    It runs on the meta device, with dense linears in the place of quantized ones. Kernels, where they are installed,
-    save less.
+    The mixer runs on the meta device, with dense linears instead of quantized ones. If kernels are installed, they save
+    less.
     """
     linears = {name: each for name, each in mixer.named_children() if isinstance(each, (LoraLayer, *LINEARS))}
     saved: dict[Any, int] = {}
@@ -244,10 +253,10 @@ def _mixer_bytes(mixer: Any, width: int, dtype: torch.dtype, row_tokens: int) ->
 
 
 def _attention_bytes(layer: Any, dtype: torch.dtype, row_tokens: float) -> int:
-    """Return the bytes per token of rows of a length that FlashAttention's backward takes in a fused layer.
+    """Return the bytes per token that FlashAttention's backward needs in a fused layer, for rows of ``row_tokens``.
 
-    These are the gradients of its output and of queries, those summed in float32, gradients of keys and values for all
-    heads of queries, and their sums.
+    These are the gradients of its output and of the queries, also summed in float32, the gradients of keys and values
+    for all query heads, and the sums of these.
     """
     queries, keys = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
     return int((4 * queries + 2 * keys) * dtype.itemsize + (1 + 128 / row_tokens) * queries * FLOAT)
@@ -256,9 +265,9 @@ def _attention_bytes(layer: Any, dtype: torch.dtype, row_tokens: float) -> int:
 def _count_base(
     causal_lm: Any, processes: int, sharded_offload: bool | None
 ) -> tuple[dict[str, int], tuple[int, int], int]:
-    """Count the bytes of a base without scales: what a process holds, what it gathers, and what is in host memory.
+    """Count the bytes of a base without scales: held by a process, gathered by it, and in host memory.
 
-    FSDP2 gathers a layer into a buffer, and copies that to its parameters while it gathers the next one.
+    FSDP2 gathers a layer into a buffer, and copies the buffer to the layer's parameters while it gathers the next one.
     """
     layers = decoder_layers(causal_lm)
     embeddings = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
@@ -286,5 +295,5 @@ def _frozen_bytes(modules: Sequence[nn.Module]) -> int:
 
 
 def _pinned_bytes(size: int) -> int:
-    """Return what a tensor takes in pinned host memory, which torch allocates in powers of two."""
+    """Return a tensor's bytes in pinned host memory, which torch allocates in powers of two."""
     return 1 << max(0, size - 1).bit_length()

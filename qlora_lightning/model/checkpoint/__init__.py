@@ -1,1 +1,1 @@
-"""What a checkpoint holds beside tensors, and how a run resumes exactly where it stopped."""
+"""Checkpoints: what they store besides tensors, and how a run resumes exactly where it stopped."""

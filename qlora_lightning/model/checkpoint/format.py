@@ -1,4 +1,4 @@
-"""Checkpoint files: what they hold, how they are read, and a module built from one without a Trainer."""
+"""Checkpoint files: their content, how to read them, and how to build a module from one without a Trainer."""
 
 import contextlib
 import inspect
@@ -16,10 +16,10 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import check_keys, check_version
 
-KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
+KEY = "qlora_lightning"  # our settings have their own key: under Lightning's, they would override the command line
 _NOT_READ = (
-    "{} cannot be read: it is damaged or no checkpoint, or it holds objects that run code when they are loaded. "
-    "Expected a .ckpt file that a run wrote: tensors, numbers and texts alone"
+    "{} cannot be read: it is damaged or not a checkpoint, or it holds objects that run code when they are loaded. "
+    "Expected a .ckpt file that a run wrote, with only tensors, numbers and texts"
 )
 _STATES = list[dict[str, object]]
 _KEYS: dict[str, Any] = {
@@ -37,13 +37,13 @@ _KEYS: dict[str, Any] = {
 def read_checkpoint(file: str | Path, mmap: bool = False, weights_only: bool = True) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU; raise UserError if it is missing, damaged, or would run code.
 
-    All of it is read, for its checksums. Without ``weights_only`` it may run code.
+    The entire file is read to verify its checksums. Without ``weights_only``, it may run code.
     """
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.", "checkpoint.missing")
     with explaining(_NOT_READ.format(file), "checkpoint.damaged"):
         with zipfile.ZipFile(file) as archive:
-            if any(member.compress_type for member in archive.infolist()):  # a small one may unpack to many GB
+            if any(member.compress_type for member in archive.infolist()):  # a small file may unpack to many GB
                 raise zipfile.BadZipFile("it is compressed")
             if archive.testzip():  # torch does not verify checksums
                 raise zipfile.BadZipFile
@@ -52,10 +52,10 @@ def read_checkpoint(file: str | Path, mmap: bool = False, weights_only: bool = T
 
 
 class CheckpointReader(TorchCheckpointIO):
-    """Reads what ``ckpt_path`` names for a Trainer: Lightning checks neither checksums nor who wrote a file."""
+    """Read the file in ``ckpt_path`` for a Trainer; Lightning checks neither its checksums nor who wrote it."""
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        weights_only = weights_only is not False  # as asked for by the user alone
+        weights_only = weights_only is not False  # only the user can turn it off
         if "://" in str(path):
             with explaining(_NOT_READ.format(path), "checkpoint.damaged"):
                 checkpoint = super().load_checkpoint(path, weights_only=weights_only)
@@ -70,8 +70,8 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     content = checkpoint.get(KEY)
     if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
         raise UserError(
-            f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it, which Lightning's "
-            "ModelCheckpoint leaves out with save_weights_only=True.",
+            f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it. Lightning's ModelCheckpoint "
+            "leaves it out with save_weights_only=True.",
             "checkpoint.foreign",
         )
     check_version(content["format_version"], source)
@@ -80,14 +80,14 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
-    """Return the stored settings that the class ``owner`` takes, without those that a file must not decide."""
+    """Return the stored settings that the class ``owner`` accepts, without those that a file must not decide."""
     excluded = {"trust_remote_code"}
     if unknown := sorted(stored.keys() - known):
-        say(f"Settings of the checkpoint that {owner} does not know, ignored: {', '.join(unknown)}.")
+        say(f"Ignored settings of the checkpoint, which {owner} does not know: {', '.join(unknown)}.")
     optimizer = stored.get("optimizer")
     class_path = str(optimizer.get("class_path") if isinstance(optimizer, Mapping) else optimizer or "torch.optim.")
-    if not class_path.startswith(("torch.optim.", "bitsandbytes.optim.")):  # others could import foreign code
-        say(f"The checkpoint's optimizer {class_path} is not taken over: a file must not choose which code runs.")
+    if not class_path.startswith(("torch.optim.", "bitsandbytes.optim.")):  # any other could import foreign code
+        say(f"The checkpoint's optimizer {class_path} is not used: a file must not choose which code runs.")
         excluded.add("optimizer")
     return {name: stored[name] for name in sorted((stored.keys() & known) - excluded)}
 
@@ -102,10 +102,10 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_module(kind: type, file: str | Path, map_location: Any, overrides: dict[str, Any]) -> Any:
-    """Build a module of a class from the settings, the base and the adapter of a checkpoint.
+    """Build a module of class ``kind`` from a checkpoint's settings, base and adapter.
 
     Raises:
-        UserError: The file is no checkpoint or a foreign one, or belongs to another base.
+        UserError: If the file is not a checkpoint, was written by another tool, or belongs to another base.
     """
     checkpoint = read_checkpoint(file)
     content = read_content(checkpoint, str(file))

@@ -1,4 +1,4 @@
-"""Resumes exactly where a run stopped: what a checkpoint holds beside tensors, and when it is put back."""
+"""Resume exactly where a run stopped: what a checkpoint stores besides tensors, and when it is restored."""
 
 import math
 import random
@@ -22,24 +22,24 @@ Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
 
 _TRAINING = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
-_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "state1", "state2"}  # of torch's and bitsandbytes' optimizers
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "state1", "state2"}  # in torch's and bitsandbytes' optimizers
 _VALIDATION = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
 class ExactResume(Callback):
-    """Save and restore what Lightning does not: the random generators of each process, settings, and an identity.
+    """Save and restore the state that Lightning does not: each process's random generators, settings, and an identity.
 
-    A checkpoint to resume from is written at the end of an optimizer step: there are no gradients to save. The module
-    adds this callback in ``configure_callbacks``, a new one for each fit. Since it is no hook of the module, a subclass
-    that overrides ``on_save_checkpoint`` without calling ``super()`` breaks nothing.
+    A checkpoint to resume from is written at the end of an optimizer step, when there are no gradients to save. The
+    module adds a new callback for each fit in ``configure_callbacks``. Since this is a callback and not a hook of the
+    module, a subclass that overrides ``on_save_checkpoint`` without calling ``super()`` breaks nothing.
     """
 
     def __init__(self) -> None:
-        self._checkpoint: dict[str, Any] | None = None  # being restored, until the first batch
-        self._groups: list[dict[str, Any]] = []  # of the optimizers, by the config
+        self._checkpoint: dict[str, Any] | None = None  # the checkpoint being restored, until the first batch
+        self._groups: list[dict[str, Any]] = []  # of the optimizers, as the config sets them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's plugin
             trainer.strategy.checkpoint_io = CheckpointReader()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class ExactResume(Callback):
         changes += find_changes(stored_data.get("settings", {}), identity.get("settings", {}), "data")
         module = cast(Module, pl_module)
         module.loss_scale.load_state_dict(content["loss_scale"])
-        budgets = content["micro_batch_size"]  # of each process that saved
+        budgets = content["micro_batch_size"]  # for each process that saved
         module.token_budget.restore(budgets[trainer.global_rank % len(budgets)])
         if changes:
             lines = [f"  {_show_change(change)}" for change in changes]
@@ -101,14 +101,14 @@ class ExactResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         _count_epoch(trainer)
-        if self._checkpoint is not None:  # last, since building loaders and iterators draws numbers too
+        if self._checkpoint is not None:  # last, because building loaders and iterators also draws random numbers
             generators = self._checkpoint[KEY]["generators"]
             if trainer.global_rank < len(generators):
                 restore_generators(generators[trainer.global_rank])
             self._checkpoint = None
 
 
-# ---- what Lightning 2.6 counts or steps otherwise after a resume -----------------------------------------------------
+# ---- what Lightning 2.6 counts or steps differently after a resume ---------------------------------------------------
 #
 # | corrected                          | when                       | by, and why                                     |
 # |------------------------------------|----------------------------|-------------------------------------------------|
@@ -129,24 +129,24 @@ class ExactResume(Callback):
 
 
 def _restore_monitored(trainer: Trainer, monitored: Mapping[str, float]) -> None:
-    """Put back the metrics that a callback may read before anything is validated again."""
+    """Restore the metrics that a callback may read before the next validation."""
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
 
 
 def _step_schedules_of_batch(trainer: Trainer) -> None:
-    """Step the schedules that ``on_advance_end`` of both loops steps after a save in ``on_train_batch_end``."""
+    """Step the schedules that both loops' ``on_advance_end`` would step after a save in ``on_train_batch_end``."""
     epoch_loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
     if not epoch_loop.restarted_on_train_batch_end:
         return
     epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
     if trainer.is_last_batch:
-        epoch.completed -= 1  # _FitLoop.reset has counted this epoch
+        epoch.completed -= 1  # _FitLoop.reset already counted this epoch
         epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         epoch.completed += 1
 
 
 def _begin_longer_epoch(trainer: Trainer) -> None:
-    """Count from 0 the batches of an epoch that was at its end when it was saved, and has more now."""
+    """Restart the batch count of an epoch that was saved at its end and has more batches now."""
     epoch_loop = trainer.fit_loop.epoch_loop
     if not (epoch_loop.restarted_on_train_batch_end and trainer.is_last_batch):
         return
@@ -156,13 +156,13 @@ def _begin_longer_epoch(trainer: Trainer) -> None:
 
 
 def _step_schedules_of_epoch(trainer: Trainer) -> None:
-    """Step the schedules that ``_FitLoop.on_advance_end`` leaves out while it restarts."""
+    """Step the schedules that ``_FitLoop.on_advance_end`` skips while it restarts."""
     if trainer.fit_loop.restarting:
         trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
 
 def _count_epoch(trainer: Trainer) -> None:
-    """Count an epoch that Lightning began without counting it, after a resume at the end of the one before."""
+    """Count an epoch that Lightning started without counting, after a resume at the end of the previous epoch."""
     progress: Any = trainer.fit_loop.epoch_progress
     if progress.current.ready == progress.current.processed:
         progress.increment_ready()
@@ -173,7 +173,7 @@ def _count_epoch(trainer: Trainer) -> None:
 
 
 def capture_generators() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators, and of the one of this process's GPU."""
+    """Return the state of Python's, NumPy's and torch's generators, and of the generator of this process's GPU."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -184,7 +184,7 @@ def capture_generators() -> dict[str, Any]:
 
 
 def restore_generators(state: dict[str, Any]) -> None:
-    """Put back what :func:`capture_generators` returned."""
+    """Restore the state that :func:`capture_generators` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(state["numpy"]))
@@ -194,7 +194,7 @@ def restore_generators(state: dict[str, Any]) -> None:
 
 
 def same_generators(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether nothing was drawn between two calls of :func:`capture_generators`."""
+    """Whether no random numbers were drawn between two calls of :func:`capture_generators`."""
     pairs = zip([one["torch"], *one["cuda"]], [other["torch"], *other["cuda"]], strict=False)
     of_torch = all(torch.equal(state, other_state) for state, other_state in pairs)
     return of_torch and all(one[name] == other[name] for name in ("python", "numpy"))
@@ -204,43 +204,46 @@ def _computes_on_gpu() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # reading a generator would initialize it
 
 
-# ---- where a run may resume, and where it validates ------------------------------------------------------------------
+# ---- where a run can resume, and where it validates ------------------------------------------------------------------
 
 
 def _check_position(content: Mapping[str, Any], batches: Mapping[str, Any], changes: Sequence[Change]) -> None:
-    """Reject a checkpoint, by Lightning's counters of batches, from which a run would not resume exactly."""
+    """Reject a checkpoint from which a run would not resume exactly, judging by Lightning's batch counters."""
     ready, processed, completed = (batches["current"][name] for name in ("ready", "processed", "completed"))
     accumulate = content["trainer"]["accumulate_grad_batches"]
     if ready != processed or (ready % accumulate and not batches["is_last_batch"]):
         raise UserError(
-            "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
-            "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`.",
+            "The checkpoint was saved inside an optimizer step (by your own callback, or on an error): a run cannot "
+            "resume exactly there. Take one saved at the end of a step, such as `--ckpt_path last`.",
             "checkpoint.position",
         )
     val_changes = [change for change in changes if change[0].removeprefix("trainer.") in (*_VALIDATION, "data.val")]
     if content.get("before_validation") and not val_changes:  # _TrainingEpochLoop.advance of Lightning 2.6 skips it
         raise UserError(
             "The checkpoint was saved before a validation that was due, as ModelCheckpoint does with "
-            "every_n_train_steps: a run resumed there would not run it. Take one saved after a validation or at "
-            "another step, or do without that validation: change trainer.val_check_interval.",
+            "every_n_train_steps: a run resumed there would skip it. Take one saved after a validation or at another "
+            "step, or change trainer.val_check_interval to do without that validation.",
             "checkpoint.before_validation",
         )
     if batches["is_last_batch"] and completed == ready and val_changes:  # after the validation of an epoch's end
         raise UserError(  # Lightning could count the next batch as one of the finished epoch
-            "The checkpoint is of an epoch's end, and its validations were others: "
-            f"{', '.join(map(_show_change, val_changes))}. Put that back as it was (it may change inside an epoch).",
+            "The checkpoint was saved at the end of an epoch, and its validation settings were different: "
+            f"{', '.join(map(_show_change, val_changes))}. Change them back (they may change inside an epoch).",
             "checkpoint.validations",
         )
 
 
 def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
-    """Whether the best adapter of a checkpoint was chosen on other validation samples than the current ones."""
+    """Whether a checkpoint's best adapter was chosen on validation samples that differ from the current ones."""
     stored = checkpoint.get(KEY, {}).get("identity", {}).get("data", {})
     return "val" in data_differences(stored, identity_of_data(trainer))
 
 
 def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
-    """Reject changed samples unless accepted, inside an epoch always: some would come twice, others never."""
+    """Reject changed samples: always inside an epoch, where some would repeat and others never come, else by default.
+
+    At other points, the user may accept them.
+    """
     data, differences = datamodule_of(trainer), data_differences(stored, identity_of_data(trainer))
     changed = {name: differences[name] for name in ("train", "val") if name in differences}
     inside_epoch = batches["current"]["completed"] and not batches["is_last_batch"]
@@ -261,9 +264,9 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
 
 
 def _align_validations(trainer: Trainer) -> None:
-    """Move validations, and so checkpoints, to the ends of optimizer steps: an interval in batches is rounded down.
+    """Move validations, and so checkpoints, to the ends of optimizer steps, by rounding down an interval in batches.
 
-    An interval in minutes is rejected, and one that is counted across epochs that end with a short window.
+    Reject an interval in minutes, and one counted across epochs that end with a short window.
     """
     interval, window, n_batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
     if not trainer.enable_validation or window == 1 or interval == math.inf:
@@ -271,26 +274,26 @@ def _align_validations(trainer: Trainer) -> None:
     ends_short = n_batches != math.inf and n_batches % window != 0
     if interval is None or (ends_short and trainer.check_val_every_n_epoch is None):
         raise UserError(
-            f"trainer.val_check_interval {trainer.val_check_interval} leads into the middle of an optimizer step of "
-            f"{window} batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, with "
-            "trainer.check_val_every_n_epoch: 1.",
+            f"trainer.val_check_interval {trainer.val_check_interval} falls in the middle of an optimizer step of "
+            f"{window} batches (trainer.accumulate_grad_batches). Set it to a fraction of the epoch, such as 0.25, "
+            "with trainer.check_val_every_n_epoch: 1.",
             "trainer.val_check_interval",
         )
     if interval < n_batches:
         trainer.val_check_batch = int(min(max(int(interval) // window, 1) * window, n_batches))
 
 
-# ---- settings: the command line beats the config, which beats the checkpoint -----------------------------------------
+# ---- settings: the command line overrides the config, which overrides the checkpoint ---------------------------------
 
 
 def trainer_settings(trainer: Any) -> dict[str, Any]:
-    """Return the Trainer's settings that training depends on, as plain values."""
+    """Return the Trainer settings that training depends on, as plain values."""
     values = {name: getattr(trainer, name, None) for name in (*_TRAINING, *_VALIDATION)}
     return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
 
 
 def find_changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> list[Change]:
-    """List the settings of both sides whose values differ."""
+    """List the settings whose values differ between the two sides."""
     names = sorted(stored.keys() & current.keys())
     return [(f"{prefix}.{name}", stored[name], current[name]) for name in names if stored[name] != current[name]]
 
@@ -306,7 +309,7 @@ def _optimizer_classes(trainer: Any) -> list[str]:
 
 
 def _check_optimizers(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Reject a checkpoint of optimizers of another class, or of other shapes: neither could use its state."""
+    """Reject a checkpoint whose optimizers differ in class or shapes, because these could not use its state."""
     stored_classes, classes = checkpoint[KEY]["optimizers"], _optimizer_classes(trainer)
     if stored_classes != classes:
         raise UserError(
@@ -321,31 +324,32 @@ def _check_optimizers(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
 def _apply_current_settings(
     trainer: Any, stored: Sequence[Mapping[str, Any]], configured: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Set what the config has changed since, of what Lightning has restored: decay, betas, rates of the schedule.
+    """Apply the config's changes to the settings that Lightning restored: decay, betas, rates of the schedule.
 
-    Else a new ``model.learning_rate`` would change nothing. The rest is the checkpoint's: some optimizers count steps
-    in their groups. So are the rates of a schedule other than transformers'. ``stored`` and ``configured`` have the
-    settings of all groups before the first step, of the checkpoint's run and now.
+    Otherwise, a new ``model.learning_rate`` would have no effect. Everything else is kept from the checkpoint, because
+    some optimizers count steps in their groups. The rates of a schedule other than transformers' are also kept.
+    ``stored`` and ``configured`` have the settings of all groups before the first step, of the checkpoint's run and of
+    the current one.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group, before, settings in zip(groups, stored, configured, strict=True):
         changed = [name for name, value in plain_settings(settings).items() if before.get(name) != value]
         group.update({name: settings[name] for name in changed if name != "lr"})
-    for optimizer in trainer.optimizers:  # of a step's number torch keeps a tensor where `fused` and `foreach` read it
+    for optimizer in trainer.optimizers:  # torch keeps the step number in a tensor where `fused` and `foreach` read it
         optimizer.load_state_dict(optimizer.state_dict())
     for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
-        if isinstance(schedule, LambdaLR):  # its rates depend on the step alone, as transformers' do
+        if isinstance(schedule, LambdaLR):  # its rates depend only on the step, like transformers'
             schedule.base_lrs = [group["initial_lr"] for group in schedule.optimizer.param_groups]
             for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Reject a state that does not fit its parameter: fused kernels do not check, and would use other memory."""
+    """Reject a state that does not fit its parameter, because fused kernels do not check and would use other memory."""
     numbers = [number for group in stored["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        state = stored["state"].get(number, {})  # nothing before the first step
+        state = stored["state"].get(number, {})  # empty before the first step
         for name in _MOMENTS & state.keys():
             found, expected = tuple(state[name].shape), tuple(parameter.shape)
             if found != expected:

@@ -240,9 +240,9 @@ def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
 
 
 def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
-    """Reject changed samples: always inside an epoch, where some would repeat and others never come, else by default.
+    """Reject changed samples unless the user accepts them.
 
-    At other points, the user may accept them.
+    Inside an epoch, always reject them, because some samples would come twice and others never.
     """
     data, differences = datamodule_of(trainer), data_differences(stored, identity_of_data(trainer))
     changed = {name: differences[name] for name in ("train", "val") if name in differences}

@@ -1,4 +1,4 @@
-"""The C++ kernels for this CPU: compiled once, cached, called with tensors."""
+"""Compile the C++ kernels for this CPU once, cache them, and call them with tensors."""
 
 import ctypes
 import functools
@@ -28,9 +28,9 @@ _Pointer: Any = ctypes.CFUNCTYPE(ctypes.c_bool)
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; ``None`` if there are none, for which Linux logs the reason.
+    """Return the compiled kernels, or ``None`` if there are none; on Linux, the reason is then logged.
 
-    Compiling takes some seconds, once per CPU.
+    Compiling takes a few seconds, once per CPU.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -48,20 +48,20 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compile(folder: Path) -> None:
-    # g++, since torch uses GNU's OpenMP threads: another compiler would add its own
+    # g++, because torch uses GNU's OpenMP threads, and another compiler would add its own
     command = ["g++", *_OPTIONS, "-shared", str(_SOURCE), "-o", str(folder / _LIBRARY)]
     subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
 
 
 def _cpu() -> str:
-    """Return a hash of this CPU's model and instructions: a cache may serve several machines."""
+    """Return a hash of this CPU's model and instructions, because several machines may share a cache."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     features = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     return hashlib.sha256("\n".join(sorted(features)).encode()).hexdigest()
 
 
 def find_function(name: str, dtype: torch.dtype) -> Any:
-    """Return a function for tensors of a dtype; ``None`` if there is none: for bfloat16 it takes AVX512-BF16."""
+    """Return a function for tensors of a dtype, or ``None`` if there is none; bfloat16 requires AVX512-BF16."""
     library = load_library()
     try:
         return None if library is None else _Pointer.in_dll(library, f"{name}_{str(dtype).removeprefix('torch.')}")
@@ -70,7 +70,7 @@ def find_function(name: str, dtype: torch.dtype) -> Any:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
-    """Call a function, a tensor as its address. Raises MemoryError if there is no memory for its threads."""
+    """Call a function, passing tensors by address; raise MemoryError if there is no memory for its threads."""
     with torch.profiler.record_function(f"cpu::{name}"):
         if not find_function(name, dtype)(*map(_to_c, arguments)):
             raise MemoryError(f"not enough memory for the threads of cpu::{name}")

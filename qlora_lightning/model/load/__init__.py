@@ -1,1 +1,1 @@
-"""A base loaded and put together with adapters, on a device."""
+"""Load a base and put it together with adapters, on a device."""

@@ -1,4 +1,4 @@
-"""The frozen base: loaded, and quantized once."""
+"""Load the frozen base, and quantize it once."""
 
 import contextlib
 import functools
@@ -49,14 +49,14 @@ def load_base(
     cache: bool = True,
     device: torch.device | str = "cpu",
 ) -> LoadedBase:
-    """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
+    """Load a frozen base onto ``device``, with quantized linears and everything else in ``compute_dtype``.
 
-    The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
-    section 3.
+    The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. For ``double_quant``, see Dettmers et al.
+    2023, section 3.
     """
     check_arguments("model", load_base, {"quantization": quantization})
     source = folders.open_base(name, revision, weights=False)
-    config = open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
+    config = open_text_config(source.folder, name, trust_remote_code)  # rejects a type that cannot be trained
     stored = folders.read_config(source.folder, name).get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
     source = folders.open_base(name, source.revision)  # now the weights
@@ -76,7 +76,7 @@ def load_base(
             f"{device}, or set a smaller model.base, model.quantization: nf4 or trainer.strategy: ddp_sharded_offload.",
             "base.memory",
         ) from error
-    with folders.explaining_base(folder):  # of a base that is not quantized as it says
+    with folders.explaining_base(folder):  # for a base that is not quantized as it claims
         for module in model.modules():
             if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
                 module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
@@ -95,10 +95,10 @@ def load_base(
         identity["stored_as"] = stored_as
     if hasattr(config, "wrapper"):
         identity["wrapper"] = config.wrapper
-        for key in folders.WRAPPER_KEYS:  # those of a cached text are not read from its file
+        for key in folders.WRAPPER_KEYS:  # those of a cached text model are not read from its file
             setattr(model.config, key, getattr(config, key))
-    vars(model)["loaded_identity"] = identity  # for a build_model of one's own
-    model.name_or_path = str(source.folder) if source.revision is None else source.name  # PEFT keeps it in its config
+    vars(model)["loaded_identity"] = identity  # for a custom build_model
+    model.name_or_path = str(source.folder) if source.revision is None else source.name  # PEFT stores it in its config
     return LoadedBase(model, source, identity)
 
 
@@ -110,30 +110,31 @@ def quantized_folder(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Return the cache folder of a quantized base; if it is missing, ``device`` quantizes the base.
+    """Return the cache folder of a quantized base; if it does not exist, quantize the base on ``device``.
 
     A GPU writes the same layout as a CPU.
     """
     config = folders.read_config(source.folder, source.name)
     bnb_config = _bitsandbytes_config(quantization, double_quant, dtype)
-    irrelevant = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # for what the model computes
+    irrelevant = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # they do not affect what the model computes
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
         model = _load(source.folder, bnb_config, dtype, device, trust_remote_code)
-        keep_quantized_layers(model.requires_grad_(False))  # else packed weights would be saved wrongly
+        keep_quantized_layers(model.requires_grad_(False))  # else packed weights would be saved incorrectly
         with _quiet_bars():
-            # a shard is held in memory while it is written; packed experts, and a text alone, have no names of before
+            # shards are small because each is in memory while it is written; packed experts and a text model by itself
+            # do not keep the published names
             is_published = not experts.experts_of(model) and not hasattr(model.config, "wrapper")
             save_model(model, folder, max_shard_size="200MB", save_original_format=is_published)
         del model
-        # a linear of bitsandbytes and its weight refer to each other: uncollected this model would stay on the device
-        # beside the one that is loaded from the folder
+        # a bitsandbytes linear and its weight refer to each other: without a collection, this model would stay on the
+        # device along with the one loaded from the folder
         gc.collect()
         torch.cuda.empty_cache()
 
     key: dict[str, Json] = {
-        # in 1 the base's tensors were not compared with its config, in 2 a text model had other names
+        # format 1 did not compare the base's tensors with its config; in format 2, a text model had other names
         "format": 3 if "text_config" in config else 2,
         "source": folders.fingerprint(source.folder),
         "config": {name: value for name, value in config.items() if name not in irrelevant},
@@ -154,7 +155,7 @@ def _load(
     device: torch.device | str,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
+    """Load a folder with transformers; with ``bnb_config``, it also quantizes the linears, which takes minutes."""
     config = open_text_config(folder, str(folder), trust_remote_code)
     stored = _read_names(folder, config)
     if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in stored.shapes):
@@ -166,7 +167,7 @@ def _load(
         described = _describe(folder, config, stored, trust_remote_code)
         if bnb_config is not None:
             bnb_config = _choose_quantizer(bnb_config, described, folder)
-    experts.register_experts()  # a cached base may have them
+    experts.register_experts()  # a cached base may contain packed experts
     if stored.files.fp8 is None:
         loader: Any = AutoModelForCausalLM
         weights: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
@@ -182,11 +183,11 @@ def _load(
             device_map={"": torch.device(device)},
             attn_implementation=attention_of(config),
             experts_implementation=None,
-            use_kernels=False,  # transformers 5.25 fetches code of layers from the hub by default
+            use_kernels=False,  # transformers 5.25 fetches layer code from the hub by default
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # else the error names none
+            ignore_mismatched_sizes=True,  # else the error does not name the tensors
             **({} if bnb_config is None else {"quantization_config": bnb_config}),
         )
     _check_report(report, model, described, stored, folder, is_quantized_now=bnb_config is not None)
@@ -197,16 +198,16 @@ def _load(
 
 
 class _StoredTensors(NamedTuple):
-    """The tensors of a base's files that its text model reads."""
+    """The tensors in a base's files that its text model reads."""
 
     files: folders.TensorFiles
-    names: dict[str, str]  # in the text model, by the name in the files
+    names: dict[str, str]  # names in the text model, by the name in the files
     shapes: dict[str, tuple[int, ...]]  # by the name in the text model
-    left_out: set[str]  # names in the files of what else than text the whole model reads
+    left_out: set[str]  # names in the files of tensors that the whole model reads for things other than text
 
 
 def _read_names(folder: Path, config: Any) -> _StoredTensors:
-    """Read the names and shapes of a base's tensors, and no numbers."""
+    """Read the names and shapes of a base's tensors, without their numbers."""
     files = folders.TensorFiles(folder)
     shapes = files.shapes()
     names = names_in_text(folder, config, shapes)
@@ -215,17 +216,17 @@ def _read_names(folder: Path, config: Any) -> _StoredTensors:
 
 
 def _describe(folder: Path, config: Any, stored: _StoredTensors, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the model of a config on the meta device, where a base's own code may not run.
+    """Return a config's model on the meta device, where a base's own code may not run.
 
     Raises:
-        UserError: It has far more weights than the files, so that memory would be taken for what is missing; or two of
-            its tensors would be read from one.
+        UserError: If it has far more weights than the files, since memory would be allocated for the missing ones, or
+            if two tensors in the files are for one weight.
     """
     described = empty_model(config, trust_remote_code=trust_remote_code)
     n_described, n_stored = sum(map(torch.numel, described.parameters())), sum(map(math.prod, stored.shapes.values()))
-    if n_described > 2 * n_stored:  # packed ones count twice
+    if n_described > 2 * n_stored:  # packed weights count twice
         raise UserError(
-            f"{folder / 'config.json'} describes {n_described:,} weights, and the files beside it hold "
+            f"{folder / 'config.json'} describes {n_described:,} weights, but the files next to it hold "
             f"{n_stored:,}: download or save the base again.",
             "base.size",
         )
@@ -234,7 +235,7 @@ def _describe(folder: Path, config: Any, stored: _StoredTensors, trust_remote_co
 
 
 def _choose_quantizer(settings: BitsAndBytesConfig, described: PreTrainedModel, folder: Path) -> BitsAndBytesConfig:
-    """Return the settings of a quantizer that packs experts too, if the model has some."""
+    """Return the quantizer's settings; if the model has experts, those of a quantizer that packs them too."""
     experts.check_experts(described, "int8" if settings.load_in_8bit else "nf4", str(folder))
     if experts.experts_of(described):
         return experts.ExpertsConfig(**settings.to_diff_dict())
@@ -244,9 +245,9 @@ def _choose_quantizer(settings: BitsAndBytesConfig, described: PreTrainedModel, 
 def _dequantized_weights(
     folder: Path, files: folders.TensorFiles, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return arguments of ``from_pretrained`` that read a base in FP8 a weight at a time.
+    """Return the ``from_pretrained`` arguments that read a base in FP8, one weight at a time.
 
-    Only the class of a model takes them, ``AutoModelForCausalLM`` does not.
+    Only the class of a model accepts them. ``AutoModelForCausalLM`` does not.
     """
     state_dict = {name: _DequantizedOnRead(files, name, dtype, device) for name in files}
     weights: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
@@ -263,10 +264,10 @@ def _check_report(
     folder: Path,
     is_quantized_now: bool,
 ) -> None:
-    """Check that every tensor of the files was read into one of its shape, and every tensor of the model filled."""
+    """Check that each tensor in the files was read into one of its shape, and that each model tensor was filled."""
     report["unexpected_keys"] -= stored.left_out
     if described is not None:
-        if is_quantized_now:  # transformers compares no shape of what it quantizes
+        if is_quantized_now:  # transformers does not check the shapes of weights that it quantizes
             shapes, sizes = stored.shapes, {name: each.shape for name, each in described.named_parameters()}
             report["mismatched_keys"] |= {
                 (name,) for name in sizes.keys() & shapes.keys() if sizes[name] != shapes[name]
@@ -277,9 +278,9 @@ def _check_report(
 
 
 class _DequantizedOnRead:
-    """A tensor of a base in FP8 that is read when transformers slices it, as it does with those of safetensors files.
+    """A tensor of a base in FP8, read when transformers slices it, as it slices tensors of safetensors files.
 
-    transformers' own quantizer of FP8 cannot run beside that of bitsandbytes, and rounds scales to the base's dtype.
+    transformers' own FP8 quantizer cannot run along with bitsandbytes', and rounds scales to the base's dtype.
     """
 
     def __init__(self, files: folders.TensorFiles, name: str, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -313,17 +314,17 @@ def _quiet_bars() -> Iterator[None]:
 
 
 def check_widths(model: nn.Module) -> None:
-    """Reject 4-bit linears that bitsandbytes makes dense wrongly on this CPU.
+    """Reject 4-bit linears that bitsandbytes dequantizes incorrectly on this CPU.
 
-    bitsandbytes 0.50 does so on CPUs with AVX-512 if a row has, for example, 96 weights: a whole number of its vectors
-    of 16 weights, but not of its blocks of 64 weights with one scale.
+    On CPUs with AVX-512, bitsandbytes 0.50 does so for rows of, for example, 96 weights. That is a multiple of its
+    vectors of 16 weights, but not of its blocks of 64 weights with one scale.
     """
     for name, module in model.named_modules():
         if type(module) is not bnb.nn.Linear4bit or module.weight.device.type != "cpu":
             continue
         if not _is_restored(module.in_features, module.weight.quant_type):
             raise UserError(
-                f"bitsandbytes computes wrongly on this CPU with 4-bit rows of {module.in_features} weights, as in "
+                f"bitsandbytes gives wrong results on this CPU for 4-bit rows of {module.in_features} weights, as in "
                 f"{name}: set model.quantization to int8 or none, or use a GPU.",
                 "base.width",
             )
@@ -331,14 +332,14 @@ def check_widths(model: nn.Module) -> None:
 
 @functools.cache
 def _is_restored(width: int, quant_type: str) -> bool:
-    """Whether weights of one value in each block, which 4 bits hold exactly, are the same when made dense again."""
+    """Whether dequantizing restores weights that have one value per block, which 4 bits hold exactly."""
     weight = (torch.arange(64 * width) // 64 + 1.0).view(64, width)
     packed, quant_state = bnb.functional.quantize_4bit(weight, quant_type=quant_type)
     return torch.equal(bnb.functional.dequantize_4bit(packed, quant_state), weight)
 
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return the quantization that a base's ``quantization_config`` names, and whether it covers the scales."""
+    """Return the quantization in a base's ``quantization_config``, and whether the scales are quantized too."""
     names = [settings.get(key) for key in ("quant_method", "quant_algo", "format")]  # such as modelopt, NVFP4
     kind = f"{' '.join(str(name) for name in names if name) or 'unknown'} (not by bitsandbytes)"
     if settings.get("load_in_8bit"):
@@ -351,18 +352,18 @@ def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
 def check_quantization(
     stored: Mapping[str, Any] | None, quantization: Quantization, double_quant: bool, name: str
 ) -> bool:
-    """Return whether scales are quantized: by ``stored``, the base's ``quantization_config``, if it has one.
+    """Return whether scales are quantized; ``stored``, the base's ``quantization_config``, decides if present.
 
     Raises:
-        UserError: The base is stored with another quantization.
+        UserError: If the base is stored with another quantization.
     """
     if stored is None:
         return double_quant
     kind, double_quant = stored_quantization(stored)
     if kind != quantization:
-        remedy = f"set that to {kind}, or name one in 16 bits"
+        remedy = f"set model.quantization to {kind}, or use a base in 16 bits"
         if kind not in get_args(Quantization):
-            remedy = "name the same model in FP8, with one scale for a tensor, a row or a block, or in 16 bits"
+            remedy = "use the same model in FP8, with one scale per tensor, row or block, or in 16 bits"
         raise UserError(
             f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: {remedy}.",
             "model.quantization",
@@ -373,9 +374,9 @@ def check_quantization(
 def keep_quantized_layers(model: nn.Module) -> None:
     """Keep bitsandbytes from changing layers in ``eval()``.
 
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
-    that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
-    another function in ``eval()`` than in ``train()``: they stay in training mode.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward. After
+    that, frozen layers pass no gradient and ``state_dict()`` corrupts the weight. On a CPU, its int8 layers also
+    compute a different function in ``eval()`` than in ``train()``, so they stay in training mode.
     """
     for module in model.modules():
         layer: Any = module
@@ -383,9 +384,9 @@ def keep_quantized_layers(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, bnb.nn.Linear8bitLt):
             layer.train()
-            layer.train = functools.partial(_keep_training_mode, layer)  # of this layer alone
+            layer.train = functools.partial(_keep_training_mode, layer)  # for this layer only
 
 
 def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
-    """Replace ``layer.train``, which ``eval()`` of the whole model calls too."""
+    """Stand in for ``layer.train``, which the model's ``eval()`` calls too."""
     return layer

@@ -356,7 +356,7 @@ BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),
     (PLAN_BASE, {"use_bidirectional_attention": True}, "wrong/config.json: use_bidirectional_attention is True"),
     (TOKENIZED, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
-    (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
+    (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, but the files next to it hold"),
     (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
     (BASE, {"num_hidden_layers": 1}, NOT_ITS, "left over: model.layers.1."),
     (BASE, {"rms_norm_eps": math.nan}, "Nothing is trained yet: look at the base wrong first, at its config.json"),

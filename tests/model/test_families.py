@@ -166,7 +166,7 @@ def test_wrappers_mixtures_and_recurrent_types_are_used_as_any_base(
         assert main(["fit", *options, "--trainer.enable_progress_bar=false", *more]) == 0
 
     run("whole", 3)
-    is_wrapper = "Of a gemma3 the text alone is trained" in capsys.readouterr().out
+    is_wrapper = "Of a gemma3, only the text model is trained" in capsys.readouterr().out
     assert is_wrapper is (model_type == "gemma3")
     run("stopped", 1)
     run("stopped", 3, "--ckpt_path=last")

@@ -209,7 +209,7 @@ REFUSED = [
 def test_other_layouts_are_refused_by_name_with_what_to_choose(settings, kind, tmp_path):
     base = families.save_random(tmp_path / "base", "llama")
     change_json(base / "config.json", quantization_config=settings)
-    with rejects("model.quantization", f"as {kind} (not by", "name the same model in FP8", "16 bits"):
+    with rejects("model.quantization", f"as {kind} (not by", "use the same model in FP8", "16 bits"):
         load_base(str(base))
 
 

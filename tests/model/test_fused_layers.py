@@ -88,7 +88,7 @@ def test_a_failed_compilation_is_reported_and_torch_computes(tiny_base, monkeypa
     with caplog.at_level(logging.WARNING):
         assert_errs_no_more_than_the_plain_path(tiny_base, compute_dtype)
     (record,) = caplog.records
-    assert "takes the slower way, without the C++ kernels: no such option" in record.getMessage()
+    assert "are slower without the C++ kernels: no such option" in record.getMessage()
 
 
 # ---- what was changed before a start --------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_what_is_replaced_watched_added_or_merged_counts_from_the_next_start_on(
 def test_a_fit_reports_why_layers_are_plain_if_they_are(tiny_base, rows_file, tmp_path, capsys, options, reason):
     module = QLoRAModule(str(tiny_base), **{"rank": 2, "compute_dtype": "fp32", "quantization": "none"} | options)
     fit(module, tmp_path, rows_file, max_steps=1)
-    sentence = "2 of 2 layers train by the slower layers of PEFT and transformers: "
+    sentence = "2 of 2 layers train with the slower layers of PEFT and transformers: "
     printed = " ".join(capsys.readouterr().out.split())
     assert (sentence in printed) == (reason is not None)
     assert reason is None or sentence + reason in printed

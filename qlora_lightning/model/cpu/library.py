@@ -43,7 +43,7 @@ def load_library() -> ctypes.CDLL | None:
         reason = error.stderr.strip()
     except (UserError, OSError) as error:
         reason = str(error)
-    _log.warning("A step on the CPU takes the slower way, without the C++ kernels: %s", reason)
+    _log.warning("Steps on the CPU are slower without the C++ kernels: %s", reason)
     return None
 
 

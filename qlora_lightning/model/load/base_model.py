@@ -116,7 +116,7 @@ def quantized_folder(
     """
     config = folders.read_config(source.folder, source.name)
     bnb_config = _bitsandbytes_config(quantization, double_quant, dtype)
-    irrelevant = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # they do not affect what the model computes
+    irrelevant = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # no effect on the model
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)

@@ -1,4 +1,4 @@
-"""Base and adapters put together: to train, or as shapes without numbers."""
+"""Put base and adapters together, for training or as shapes without numbers."""
 
 import hashlib
 from pathlib import Path
@@ -39,14 +39,14 @@ from qlora_lightning.support.trainer import say_once
 def assemble_model(
     adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a base by ``load_base``, and complete it.
+    """Load a base with ``load_base``, and complete it.
 
     Returns:
         The model, whose layers run fused if ``fast``, and the identity of base and adapter.
     """
     if adapter is not None:
-        read_identity(find_adapter_folder(adapter))  # reports a wrong name before loading
-    with torch.random.fork_rng(devices=[]):  # some types draw weights first, unless the base comes from the cache
+        read_identity(find_adapter_folder(adapter))  # rejects a wrong name before loading
+    with torch.random.fork_rng(devices=[]):  # some types draw random weights first, unless the base is in the cache
         loaded = load_base(**base_options)
     identity = {**loaded.identity}
     return complete_model(loaded.model, identity, adapter, adapter_options, fast), identity
@@ -55,14 +55,14 @@ def assemble_model(
 def complete_model(
     model: Any, identity: dict[str, Any], adapter: str | None, adapter_options: dict[str, Any], fast: bool
 ) -> peft.PeftModel:
-    """Complete a base, or what an override of ``build_model`` returned: a model of transformers, or one of PEFT.
+    """Complete a base, or the transformers or PEFT model that an override of ``build_model`` returned.
 
-    The model gets the adapters that it lacks, and the values of the folder ``adapter``; ``identity`` gets what it
-    lacks: that of ``load_base``, else a hash of the frozen weights and their dtype, and that of the adapters.
+    The model gets adapters if it has none, and the values from the folder ``adapter``. ``identity`` gets its missing
+    entries: those of the adapters, and those of ``load_base`` or else a hash of the frozen weights and their dtype.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"build_model returned {type(model).__name__}: expected a model of transformers, or of PEFT around one; "
+            f"build_model returned {type(model).__name__}: expected a transformers model, or a PEFT model around one. "
             "`load_base` returns one as `.model`.",
             "model.build",
         )
@@ -76,20 +76,20 @@ def complete_model(
     check_identity(stored_identity, identity, f"The adapter folder {folder}")
     if not isinstance(model, peft.PeftModel):
         model = put_adapters(base.requires_grad_(False), folder, **adapter_options)
-        model.peft_config[ADAPTER].revision = identity.get("revision")  # by which PEFT finds the base
+        model.peft_config[ADAPTER].revision = identity.get("revision")  # PEFT finds the base by it
         identity["adapter"] = describe_adapter(model)
         fuse_layers(model, fast)
     elif folder is not None:
         fill_adapter(model, folder)
     if "fingerprint" not in identity:
         identity |= {"compute_dtype": str(base.dtype).removeprefix("torch."), "fingerprint": hash_weights(base)}
-        identity["own_base"] = True  # which only the same class can make again
+        identity["own_base"] = True  # only the same class can make it again
         check_identity(stored_identity, identity, f"The adapter folder {folder}")
     return model
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of a base's tensors with their names, the scales of quantized ones included."""
+    """Return the SHA-256 of a base's tensors and their names, including the scales of quantized ones."""
     trainable, digest = trainable_tensors(model), hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if name not in trainable and ADAPTER not in name.split(".") and isinstance(tensor, Tensor):
@@ -99,9 +99,9 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
-    """Put the adapter of a folder, with its own rank, alpha and targets, on a base, or a new one with these options.
+    """Put a folder's adapter on a base, with its own rank, alpha and targets, or a new adapter with ``options``.
 
-    On a base on the meta device a new adapter is on it too; that of a folder has its values.
+    If the base is on the meta device, so is a new adapter. A folder's adapter has its values even then.
     """
     if folder is None:
         return inject(base, new_lora_config(base, **options))
@@ -111,22 +111,22 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
 
 
 def settings_of_adapter(module: Any) -> dict[str, Any]:
-    """Return what the module's ``adapter_options`` are with the folder that its ``adapter`` names.
+    """Return the module's ``adapter_options``, completed from the folder in its ``adapter``.
 
-    It reads no weights: what contradicts the folder is rejected before a base is loaded.
+    This reads no weights, so settings that contradict the folder are rejected before a base is loaded.
     """
     folder, base = find_adapter_folder(str(module.adapter)), None
     read_identity(folder)
     if not module.overrides("build_model"):
         source = open_base(module.base, module.revision, weights=False)
-        # a base with code of its own may not work on the meta device
+        # a base with its own code may not work on the meta device
         if not (module.trust_remote_code and "auto_map" in read_config(source.folder, source.name)):
             base = meta_base(open_text_config(source.folder, module.base))
     return settings_of_folder(folder, base, module.adapter_options)
 
 
 class ModelReport(Callback):
-    """Print at the start of a fit what its model is. The module adds it in ``configure_callbacks``."""
+    """Print a summary of the model at the start of a fit; the module adds this in ``configure_callbacks``."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
@@ -134,7 +134,7 @@ class ModelReport(Callback):
 
 
 def report_model(module: Any, fusion: Fusion) -> None:
-    """Print what to know about the device, what trains, and why layers do not run fused."""
+    """Print facts about the device, the trainable tensors, and why layers do not run fused."""
     layers = [(name, layer) for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     names = [getattr(layer, "parameter_name", name.rpartition(".")[2]) for name, layer in layers]
     trainable, total = count_parameters(module)
@@ -146,26 +146,26 @@ def report_model(module: Any, fusion: Fusion) -> None:
     for line in (
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
         advise_allocator(module.device),
-        f"Of a {config.wrapper} the text alone is trained: images and the like are left out."
+        f"Of a {config.wrapper}, only the text model is trained, without images and the like."
         if hasattr(config, "wrapper")
         else None,
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {count_of(len(names), 'module')} "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
-        f"Beside the adapter are {', '.join(extra)}, which extra.safetensors of the adapter folder has."
+        f"In addition to the adapter, the adapter folder stores {', '.join(extra)}, in extra.safetensors."
         if extra
         else None,
-        f"{', '.join(frozen)}, frozen beside the model, is in no checkpoint and no adapter folder: your class makes it "
-        "again, as in `__init__`."
+        f"{', '.join(frozen)}, frozen outside the model, is saved in no checkpoint and no adapter folder: your class "
+        "creates it again, for example in `__init__`."
         if (frozen := frozen_models(module))
         else None,
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
         if module.hparams.get("learning_rate") == "auto" and not module.overrides("configure_optimizers")
         else None,
-        f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: "
+        f"{len(reasons)} of {len(fusion.layers)} layers train with the slower layers of PEFT and transformers: "
         f"{'; '.join(dict.fromkeys(reasons))}."
         if reasons and module.fast
         else None,
-        None if runs_packed(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
+        None if runs_packed(config) else f"A {config.model_type} runs one row at a time in transformers' own forward.",
     ):
         if line is not None:
             say_once(line)
@@ -175,10 +175,7 @@ def report_model(module: Any, fusion: Fusion) -> None:
 
 
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
-    """Build a frozen base on the meta device.
-
-    ``config`` loses its ``quantization_config``.
-    """
+    """Build a frozen base on the meta device; this removes ``quantization_config`` from ``config``."""
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     model = empty_model(config, dtype)
@@ -195,7 +192,7 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
 
 
 def _quantized_linear(linear: Any, quantization: Quantization, dtype: torch.dtype) -> Any:
-    """Build a linear of bitsandbytes whose weight is as transformers loads it."""
+    """Build a bitsandbytes linear whose weight has the form in which transformers loads it."""
     weight, sizes = linear.weight.detach(), (*linear_sizes(linear), linear.bias is not None)
     weight = weight.t() if isinstance(linear, Conv1D) else weight  # (out, in)
     quantized: Any

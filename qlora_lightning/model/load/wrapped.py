@@ -1,4 +1,4 @@
-"""The text of models that read images or sound too: found by its class in the whole model, whose names it knows."""
+"""Find the text model inside models that also read images or sound, by its class, and map its names to theirs."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -19,8 +19,8 @@ from qlora_lightning.model.model_types import check_type
 from qlora_lightning.sources.folders import explaining_base, open_config, read_config
 from qlora_lightning.support.errors import UserError
 
-_LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of a text's config
-# Whole models of transformers 5.25 that scale or cap logits as their texts do; others, such as gemma3, leave it out.
+_LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # in a text model's config
+# Whole models of transformers 5.25 that scale or cap logits like their text models; others, such as gemma3, do not.
 _CHANGE_LOGITS = (
     *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "inkling2"),
     *("mistral_large4", "muse_glimmer", "paligemma"),
@@ -28,20 +28,21 @@ _CHANGE_LOGITS = (
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
-    """Build the model of a config on the meta device, with no kernels of a hub that the config may name."""
+    """Build a config's model on the meta device, without kernels from a hub that the config may name."""
     options = {"attn_implementation": attention_of(config), "experts_implementation": None, "dtype": dtype}
     with torch.device("meta"), explaining_base(config.name_or_path, is_bounded=True):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def open_text_config(folder: Path, name: str, trust_remote_code: bool = False) -> Any:
-    """Return transformers' config of the causal language model in a folder, which for messages has a name.
+    """Return transformers' config of the causal language model in a folder; messages use ``name``.
 
-    That of a wrapper has two attributes more: ``wrapper``, the type of the whole model, and ``names_in_wrapper``, the
-    prefixes of names in it by those in the text model, such as ``{"model.": "model.language_model."}``.
+    For a wrapper, the config has two more attributes. ``wrapper`` is the type of the whole model. ``names_in_wrapper``
+    maps prefixes of names in the text model to those in the whole model, such as ``{"model.":
+    "model.language_model."}``.
 
     Raises:
-        UserError: There is none: the type is another, or the text of a wrapper is no model by itself.
+        UserError: If there is none, because the type is different or a wrapper's text is not a model by itself.
     """
     stored = read_config(folder, name)
     has_code = trust_remote_code and "auto_map" in stored
@@ -53,16 +54,16 @@ def open_text_config(folder: Path, name: str, trust_remote_code: bool = False) -
     names = _names_in_wrapper(config, text) if text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
     if names is None:
         raise UserError(
-            f"Base {name}: the text of a {config.model_type} is no causal language model of transformers by itself. "
-            "Choose another base.",
+            f"Base {name}: the text model in a {config.model_type} is not a causal language model of transformers by "
+            "itself. Choose another base.",
             "base.no_text",
         )
     check_type(text.model_type, name)
     changes_logits = any(getattr(text, key, None) not in (None, 1) for key in _LOGIT_KEYS)
     if changes_logits and config.model_type not in _CHANGE_LOGITS:
         raise UserError(
-            f"Base {name}: a {text.model_type} scales or caps its logits, which the whole {config.model_type} does not "
-            "do. Choose another base.",
+            f"Base {name}: a {text.model_type} scales or caps its logits, but the whole {config.model_type} does not. "
+            "Choose another base.",
             "base.model_type",
         )
     text.wrapper, text.names_in_wrapper, text.name_or_path = config.model_type, names, config.name_or_path
@@ -74,7 +75,7 @@ def open_text_config(folder: Path, name: str, trust_remote_code: bool = False) -
 
 
 def is_wrapper(config: Any) -> bool:
-    """Whether a type has more than text: it may be both this and a causal language model, which leaves all else out."""
+    """Whether a type handles more than text; it may also be a causal language model that leaves out everything else."""
     is_plain = config.get_text_config(decoder=True) is config and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and not is_plain
 
@@ -85,7 +86,7 @@ def _whole_model(config: Any) -> Any:
 
 
 def _names_in_wrapper(config: Any, text: Any) -> dict[str, str] | None:
-    """Find the text model in the whole one by its class; ``None`` if it is not there. ``text`` gets the whole's tie."""
+    """Find the text model in the whole model by its class, or return ``None``; ``text`` gets the whole model's tie."""
     whole, alone = _whole_model(config), empty_model(text)
     decoder = _find(alone, alone.base_model)
     decoders = [name for name, module in whole.named_modules() if type(module) is type(alone.base_model)]
@@ -101,7 +102,7 @@ def _find(model: Any, module: Any) -> str | None:
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """Return the name of a module or tensor with another prefix, if it has one of these."""
+    """Return the name of a module or tensor with its prefix replaced, if it has one of these."""
     for before, after in prefixes.items():
         if f"{name}.".startswith(before):
             return f"{after}{name[len(before) :]}".removesuffix(".")
@@ -109,11 +110,11 @@ def rename(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def names_in_text(folder: Path, text: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the names that tensors of a folder's files have in its text model, by those in the files.
+    """Map the names of tensors in a folder's files to their names in its text model.
 
-    Tensors of a wrapper that are not of its text are left out. transformers' own renamings lead from the files to the
-    whole model; what it renames within a text model, it renames again when that is loaded. ``text`` is what
-    :func:`open_text_config` returns for the folder.
+    A wrapper's tensors that are not part of its text model are left out. transformers' own renamings translate from the
+    files to the whole model. It repeats its renamings within a text model when that model is loaded. ``text`` is the
+    config that :func:`open_text_config` returns for the folder.
     """
     if not hasattr(text, "wrapper"):
         return {name: name for name in names}
@@ -131,9 +132,9 @@ def names_in_text(folder: Path, text: Any, names: Iterable[str]) -> dict[str, st
 
 
 def check_unique(names: Mapping[str, str], model: Any, source: Path) -> None:
-    """Reject two tensors of a source's files for one weight of a model on the meta device: only one would be loaded.
+    """Reject two tensors in a source's files for one weight of a meta model, because only one would be loaded.
 
-    ``names`` is what :func:`names_in_text` returns. Several tensors may be converted into one weight, as of experts.
+    ``names`` comes from :func:`names_in_text`. Several tensors may be converted into one weight, such as for experts.
     """
     conversions, weights, first = get_model_conversion_mapping(model), model.state_dict(), dict[str, str]()
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -148,12 +149,12 @@ def check_unique(names: Mapping[str, str], model: Any, source: Path) -> None:
 
 
 def key_mapping(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the prefixes that differ between names of files and of the text, as ``from_pretrained`` takes them."""
+    """Return the prefixes that differ between names in the files and in the text model, for ``from_pretrained``."""
     prefixes = dict[str, str]()
     for before, after in names.items():
         parts, new_parts = before.split("."), after.split(".")
         while parts and new_parts and parts[-1] == new_parts[-1]:
             del parts[-1], new_parts[-1]
-        if parts:  # an empty prefix, which any name has, transformers adds by itself
+        if parts:  # an empty prefix matches any name, and transformers adds it by itself
             prefixes[re.escape(".".join([*parts, ""]))] = ".".join([*new_parts, ""]).removeprefix(".")
     return {f"^{before}": after for before, after in prefixes.items()}

@@ -133,7 +133,7 @@ def test_a_teacher_beside_the_model_is_in_no_file_and_named(tiny_base, rows_file
     module = QLoRAModule(str(tiny_base), rank=2, compute_dtype="fp32")
     module.teacher = AutoModelForCausalLM.from_pretrained(tiny_base, use_kernels=False).requires_grad_(False).train()
     fit(module, tmp_path, rows_file, max_steps=1)
-    assert "teacher, frozen beside the model, is in no checkpoint" in " ".join(capsys.readouterr().out.split())
+    assert "teacher, frozen outside the model, is saved in no checkpoint" in " ".join(capsys.readouterr().out.split())
     assert not any(name.startswith("teacher.") for name in module.state_dict())
 
 

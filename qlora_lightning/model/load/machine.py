@@ -76,7 +76,7 @@ def device_memory_gib(device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Read how many bytes this process can still use, on a CUDA device or on this machine within the process's limit."""
+    """Read how many bytes this process can still use, on a CUDA device or on this machine within its limit."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # also free
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -99,6 +99,6 @@ def _free_bytes_of_cgroups() -> list[int]:
             limit = limit_file.read_text().strip() if limit_file.exists() else "max"
             if limit != "max":
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # cached files can be dropped
+                used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # less cached files
                 free.append(int(limit) - used)
     return free

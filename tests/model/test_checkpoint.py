@@ -69,7 +69,7 @@ def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(tra
     assert module.hparams["learning_rate"] == "auto"
     out = capsys.readouterr().out
     assert "optimizer no_such_module.Optimizer is not used" in out
-    assert "ignored: gone, place." in out
+    assert "does not know: gone, place." in out
     assert QLoRAModule.load_from_checkpoint(file, trust_remote_code=True).trust_remote_code is True
 
 

@@ -121,7 +121,7 @@ def test_mlps_beside_experts_alone_carry_adapters_and_plain_peft_opens_them(targ
         adapter = shutil.copytree(tmp_path / "adapter", tmp_path / next(iter(option)))
         names = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "target_parameters": None}
         change_json(adapter / "adapter_config.json", **names, **option)
-        with rejects("model.target_modules", "beside the experts", next(iter(option)).removeprefix("lora_")):
+        with rejects("model.target_modules", "next to the experts", next(iter(option)).removeprefix("lora_")):
             make_module(base, adapter=str(adapter), quantization="none")
 
 

@@ -271,7 +271,7 @@ WRONG = [
     # checkpoints
     wrong("--ckpt_path none.ckpt", "none.ckpt", "no such file"),
     wrong("validate --config c.yaml --data.val rows.jsonl --ckpt_path last", "there is no checkpoint in new"),
-    wrong(CKPT, "no checkpoint", prepare=cut(LAST, "wrong.ckpt", 20_000)),
+    wrong(CKPT, "not a checkpoint", prepare=cut(LAST, "wrong.ckpt", 20_000)),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
     wrong(CKPT, "BadZipFile: it is compressed", prepare=compress_checkpoint),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),

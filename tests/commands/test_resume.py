@@ -80,7 +80,7 @@ def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(co
 def test_a_finished_run_is_not_resumed_without_its_validation_and_the_advice_works(command, tmp_path):
     before = equality.adapter_bytes(tmp_path / "run")
     out = command("fit", *LAST, "--data.val", "null", "--evaluation", "null", code=2)
-    assert "data.val: rows → null. Put that back as it was" in out
+    assert "data.val: rows → null. Change them back" in out
     command("fit", *LAST, "--evaluation", "null")
     assert equality.adapter_bytes(tmp_path / "run") == before
 

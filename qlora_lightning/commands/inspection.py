@@ -138,7 +138,7 @@ def _source_table(samples: SampleSet, sources: Sequence[Source]) -> Table:
 def _length_table(sample_sets: dict[str, SampleSet]) -> Table:
     rows = []
     for split, samples in sample_sets.items():
-        for kind, counts in (("tokens", samples.lengths), ("labelled", samples.labelled_counts)):
+        for kind, counts in (("tokens", samples.lengths), ("labeled", samples.labelled_counts)):
             if counts.any():
                 percentiles = np.percentile(counts, list(_PERCENTILES.values()), method="inverted_cdf")  # actual values
                 rows.append([f"{split} {kind}", *(f"{int(count):,}" for count in percentiles)])
